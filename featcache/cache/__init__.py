@@ -1,0 +1,1 @@
+"""The token cache, format version 1."""

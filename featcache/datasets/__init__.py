@@ -1,0 +1,1 @@
+"""One reader per data set, found by its file's name."""

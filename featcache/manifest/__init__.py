@@ -1,0 +1,1 @@
+"""The two tables that say what there is."""

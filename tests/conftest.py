@@ -1,0 +1,6 @@
+"""Fixtures that several folders share."""
+
+import os
+
+# Two test processes on two cores: busy-waiting threads of one would slow the other.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
