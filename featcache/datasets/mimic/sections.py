@@ -1,11 +1,11 @@
-"""The sections of a MIMIC-CXR report, cut by the rules that its authors published.
+"""What a MIMIC-CXR report says: its sections by the published rules, then the text made of them.
 
 A report is text whose lines start with one space. A header is a line's first words in capitals up
 to a colon, and a section runs to the next header. The published rules have habits that a reader
 would not expect, and all of them are kept, because labels and splits of the field rest on them:
 
-- the search for the next header starts at the first line end *after* a header, so an empty
-  `FINDINGS:` directly above ` IMPRESSION: x` swallows the impression;
+- the white space after a header's colon may be its line end, which the next header then lacks: an
+  empty `FINDINGS:` directly above ` IMPRESSION: x` swallows the impression;
 - a header with a digit, a lower-case letter or a dot is no header;
 - the last section of a name wins, so an addendum's impression replaces the first;
 - 54 studies have a rule of their own, listed below.
@@ -16,9 +16,11 @@ names and the 54 exceptions are its facts; the code is ours.
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
 _BLANK_LINE = "\n \n"
+_DEIDENTIFIED = re.compile(r"_{3,}")
 
 _SPELLINGS = {
     "impression": (
@@ -62,9 +64,7 @@ _NAMED = {
     "note": "56451190",
     "history": "51491012",
 }
-SECTION_OF_STUDY = {
-    study: name for name, studies in _NAMED.items() for study in studies.split()
-}
+SECTION_OF_STUDY = {study: name for name, studies in _NAMED.items() for study in studies.split()}
 
 # Studies whose text is a range of characters, and eight that have no usable text.
 _RANGES = (
@@ -150,7 +150,7 @@ def split_sections(text: str) -> list[Section]:
     """Cut a report into its sections, in the order of the text.
 
     Args:
-        text: The report, with line ends as `\\n`.
+        text: The report, with universal newlines already applied.
 
     Returns:
         At least one section: the words before the first header are `preamble`, a report without
@@ -163,7 +163,7 @@ def split_sections(text: str) -> list[Section]:
         sections = [Section("preamble", text[: header.start(1)], 0)]
     while header is not None:
         start = header.end()
-        following = _HEADER.search(text, max(text.find("\n", start), start))
+        following = _HEADER.search(text, start)
         stop = len(text) if following is None else following.start()
         sections.append(Section(normal_name(header.group(1)), text[start:stop], start))
         header = following
@@ -190,7 +190,7 @@ def read_sections(text: str, study_id: str) -> ReportSections:
     """What the published rules make of one report.
 
     Args:
-        text: The report, with line ends as `\\n`.
+        text: The report, with universal newlines already applied.
         study_id: Eight digits; 54 of them have a rule of their own.
 
     Returns:
@@ -205,3 +205,64 @@ def read_sections(text: str, study_id: str) -> ReportSections:
         return ReportSections(exception=last.get(SECTION_OF_STUDY[study_id], ""))
     names = ("impression", "findings", "last_paragraph", "comparison")
     return ReportSections(**{name: last.get(name) for name in names})
+
+
+class Text(NamedTuple):
+    """The text that one report gives.
+
+    Attributes:
+        text: In one line; empty when there is none.
+        origin: The sections it was made from, or why it is empty.
+    """
+
+    text: str
+    origin: str
+
+
+def _origin(sections: ReportSections) -> str:
+    """Which of the two main sections carry text."""
+    return " and ".join(name for name in ("impression", "findings") if getattr(sections, name))
+
+
+def default_text(sections: ReportSections, *, deidentified: str, last_paragraph: bool) -> Text:
+    """Impression, then findings, in one line; case and punctuation as written.
+
+    For the 54 studies with a rule of their own that rule decides. The comparison alone is never a
+    text.
+
+    Args:
+        sections: What the report says.
+        deidentified: Replaces the mark `___` of removed words.
+        last_paragraph: Whether it stands in where both sections are missing.
+    """
+    parts, origin = [sections.impression or "", sections.findings or ""], _origin(sections)
+    if sections.exception is not None:
+        parts, origin = [sections.exception], "published exception"
+    elif not origin and last_paragraph and sections.last_paragraph:
+        parts, origin = [sections.last_paragraph], "last paragraph"
+    if not "".join(parts):
+        return Text("", "no usable section")
+    text = " ".join(_DEIDENTIFIED.sub(deidentified, " ".join(parts)).split())
+    return Text(text, origin) if re.search(r"[^\W_]", text) else Text("", "no words")
+
+
+def mgca_text(sections: ReportSections) -> Text:
+    """The text as MGCA makes it, from impression and findings alone.
+
+    It cuts at full stops and at numbers with a full stop, lower-cases, keeps runs of letters,
+    digits and underscores, drops pieces of one word and characters outside ASCII, and drops the
+    report when fewer than three words are left. So `1.5 cm` becomes `5 cm`.
+
+    Source: HKU-MedAI/MGCA, `pretrain_dataset.py`: its rules, our code.
+    """
+    origin = _origin(sections)
+    if not origin:
+        return Text("", "no usable section")
+    joined = f"{sections.impression or ' '} {sections.findings or ' '}".replace("\n", " ")
+    words: list[str] = []
+    for piece in re.split(r"[0-9]+\.|\.", joined):
+        tokens = re.findall(r"\w+", piece.replace("\ufffd\ufffd", " ").lower())
+        if len(tokens) > 1:
+            ascii_only = (token.encode("ascii", "ignore").decode() for token in tokens)
+            words += [token for token in ascii_only if token]
+    return Text(" ".join(words), origin) if len(words) >= 3 else Text("", "fewer than 3 words")

@@ -1,0 +1,1 @@
+"""What every reader of MIMIC-CXR needs."""

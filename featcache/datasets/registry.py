@@ -1,0 +1,65 @@
+"""Data sets by name: `mimic-cxr-jpg` is the module `mimic_cxr_jpg.py` in this folder."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from featcache.config import load_config
+from featcache.errors import UsageError, nearest
+from featcache.manifest.table import Manifest
+from featcache.workspace import Workspace
+
+
+def dataset_names() -> list[str]:
+    """Every data set with a reader, sorted."""
+    here = Path(__file__).parent
+    modules = {path.stem for path in here.glob("*.py")} - {"__init__", "registry"}
+    return sorted(name.replace("_", "-") for name in modules)
+
+
+def dataset_module(dataset: str) -> ModuleType:
+    """The reader's module: `DESCRIPTION`, `Options` and `read`.
+
+    Raises:
+        UsageError: There is no such data set; the nearest names are offered.
+    """
+    known = dataset_names()
+    if dataset not in known:
+        raise UsageError(
+            f"unknown data set `{dataset}`; {nearest(dataset, known)}",
+            where="featcache manifest",
+            fix="known data sets: " + ", ".join(known),
+        )
+    return import_module(f"featcache.datasets.{dataset.replace('-', '_')}")
+
+
+def make_manifest(
+    workspace: Workspace,
+    dataset: str,
+    folder: Path,
+    *,
+    name: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Manifest:
+    """Read a data set's folder into a checked manifest and make it the current one.
+
+    Args:
+        workspace: Where the manifest goes.
+        dataset: A name of `dataset_names()`.
+        folder: The data set as it lies on disk (for `spreadsheet`: the table).
+        name: The manifest's name; the data set's by default.
+        overrides: `KEY=VALUE` settings of the reader's `Options`.
+
+    Raises:
+        UsageError: Unknown data set or option.
+        ManifestError: The folder is not what it should be.
+    """
+    module = dataset_module(dataset)
+    options = load_config(module.Options, overrides=overrides)
+    if not folder.exists():
+        raise UsageError("there is no such file or folder", where=folder, fix="check the path")
+    name = name or dataset
+    manifest: Manifest = module.read(folder, workspace.manifests / name, options=options)
+    workspace.use(manifest=name)
+    return manifest

@@ -1,0 +1,68 @@
+"""What lies in a data set's folder: image files, and the mark of a synthetic tree."""
+
+import errno
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool
+
+from featcache.errors import ManifestError
+
+SYNTHETIC_MARK = "SYNTHETIC.txt"
+SYNTHETIC_NOTE = (
+    "synthetic stand-in: the images and texts were drawn by a program; they show no patient, and "
+    "no figure measured on them says anything about real data."
+)
+
+
+def is_synthetic(folder: Path) -> bool:
+    """Whether a tree says of itself that a program drew it (`SYNTHETIC.txt` at its root)."""
+    return (folder / SYNTHETIC_MARK).is_file()
+
+
+def files_present(root: Path, paths: Sequence[str]) -> Bool[np.ndarray, " N"]:
+    """Which paths are files, without opening any and without a system call for each.
+
+    Every folder is listed once, so a million rows cost as many calls as there are folders. Links
+    are followed. Names are compared byte for byte, on every file system.
+
+    Args:
+        root: Folder that relative paths start from; absolute paths ignore it.
+        paths: Paths with forward slashes.
+
+    Returns:
+        True where a file is there, in the order given.
+
+    Raises:
+        ManifestError: A folder is there but cannot be listed.
+    """
+    by_folder: dict[str, list[int]] = defaultdict(list)
+    for index, path in enumerate(paths):
+        folder, slash, _ = path.rpartition("/")
+        by_folder[folder or slash].append(index)
+    present = np.zeros(len(paths), dtype=np.bool_)
+    for folder, indices in by_folder.items():
+        names = _file_names(root, folder)
+        for index in indices:
+            present[index] = paths[index].rpartition("/")[2] in names
+    return present
+
+
+def _file_names(root: Path, folder: str) -> frozenset[str]:
+    """Names of the files in one folder; none when there can be no such folder."""
+    if "\0" in folder:
+        return frozenset()
+    try:
+        with os.scandir(root / folder) as entries:
+            return frozenset(entry.name for entry in entries if entry.is_file())
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return frozenset()
+        raise ManifestError(
+            f"a folder of images cannot be listed: {error.strerror}",
+            where=root,  # a folder below it may carry a patient's identifier
+            fix="check the permissions below it",
+        ) from None
