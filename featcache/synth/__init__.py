@@ -1,0 +1,1 @@
+"""Procedural data sets in the published on-disk layouts."""
