@@ -1,0 +1,301 @@
+"""Batches of cached tokens at memory speed, for training and for heads.
+
+    for batch in TokenLoader(cache, batch_size=256):
+        batch.image_tokens  # B L D, float16
+        batch.text_tokens   # B T E, float16, padded to the longest text of the batch
+        batch.text_valid    # B T, True at real tokens
+
+The tokens of a batch lie in a buffer that is used again: **they are valid until the next batch is
+asked for.** Keep them longer with `clone()`, or by moving them to a GPU with `Batch.to`.
+"""
+
+import os
+import weakref
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from featcache.cache.reader import Cache, FeatureSet
+from featcache.config import validate
+from featcache.errors import StaleFeatureSetError, UsageError
+from featcache.loader.order import Order
+from featcache.loader.ring import Reading, Request, Ring
+
+
+@dataclass
+class Batch:
+    """Image-text pairs of one step.
+
+    Attributes:
+        image_tokens: Tokens of each pair's image.
+        text_tokens: Tokens of each pair's text, zeros where `text_valid` is False.
+        text_valid: True at real text tokens.
+        pairs: Numbers of the pairs in the cache.
+        image_rows: Rows in the image set; equal numbers are the same image.
+        text_rows: Rows in the text set; equal numbers are the same text.
+    """
+
+    image_tokens: Float[Tensor, "B L D"]
+    text_tokens: Float[Tensor, "B T E"]
+    text_valid: Bool[Tensor, "B T"]
+    pairs: Int64[Tensor, " B"]
+    image_rows: Int64[Tensor, " B"]
+    text_rows: Int64[Tensor, " B"]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Batch":
+        """Move all tensors, and turn tokens into `dtype` once they are there.
+
+        Copies to a GPU from the loader's pinned buffers do not block. The loader waits for them
+        before it uses a buffer again, as long as they run in the stream that is current when the
+        next batch is asked for. What is already there in that dtype is not copied.
+
+        Args:
+            device: Where to.
+            dtype: Of the tokens; None keeps theirs.
+        """
+        moved = {}
+        for item in fields(self):
+            tensor: Tensor = getattr(self, item.name)
+            tensor = tensor.to(device, non_blocking=tensor.is_pinned())
+            if dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(dtype)
+            moved[item.name] = tensor
+        return Batch(**moved)
+
+
+class TokenLoader:
+    """An iterable over the pairs of a cache, with a length, for training or evaluation.
+
+    Each `iter(loader)` is one pass, and starts where the last one stopped: a shuffled pass is
+    `num_pairs // batch_size` full batches and leaves the rest for the next pass; without `shuffle`
+    a pass is all pairs in order, the last batch short. There is one pass at a time: a new one ends
+    the one before. The order depends on the cache, `seed` and `batch_size` alone.
+
+    It knows nothing of Lightning, but works as its dataloader: the state is that of the batches
+    handed out, never of those filled ahead, and an epoch begins in `__iter__`, since a trainer that
+    knows the length never asks for more. It can be pickled and forked; files are opened, buffers
+    allocated and threads started by the process that iterates, when it does.
+
+    Args:
+        cache: From `open_cache`.
+        batch_size: Pairs of the *global* batch, over all ranks.
+        seed: Of the order.
+        shuffle: Permutations for training; False for evaluation.
+        rank: This process among the ranks.
+        world_size: Number of ranks; it divides `batch_size`.
+        **reading: Fields of `Reading`: threads, prefetch, buffer_mb, io, tokens, locality_block.
+
+    Raises:
+        UsageError: Values that cannot be, or a batch larger than all pairs.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        **reading: int | str | None,
+    ):
+        if cache.images.spec.num_tokens is None:
+            raise UsageError(
+                "rows of an image set must have equally many tokens, those of "
+                f"{cache.images.spec.title} do not",
+                where=cache.images.folder,
+            )
+        self.cache = cache
+        self.reading = validate(Reading, reading, where="TokenLoader")
+        self.order = Order(
+            cache.num_pairs,
+            batch_size,
+            seed,
+            world_size,
+            rank,
+            shuffle=shuffle,
+            locality_block=self.reading.locality_block,
+        )
+        self._position = 0
+        self._in_pass = 0
+        self._is_fresh = True  # no batch was handed out since the pass began
+        self._forget_process()
+
+    def _forget_process(self) -> None:
+        """Start without what belongs to one process: buffers, open files, a running pass."""
+        self._opened: tuple[int, Ring] | None = None
+        self._running: weakref.ref[Generator[Batch, None, None]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to this process."""
+        return {**self.__dict__, "_opened": None, "_running": None}
+
+    def __len__(self) -> int:
+        """Batches of one pass, always the same number."""
+        return self.order.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Start a pass, or go on with the one that `load_state_dict` stopped in."""
+        running = None if self._running is None else self._running()
+        if running is not None:
+            running.close()
+        if not self._is_fresh:
+            self._in_pass = 0
+            self._position = self._position if self.order.shuffle else 0
+            self._is_fresh = True
+        batches = self._batches()
+        self._running = weakref.ref(batches)
+        return batches
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        with closing(self._open().run(self._requests())) as results:
+            for request, (images, texts) in results:
+                handed_out = self._global_size(self._position)
+                self._position += handed_out
+                self._in_pass += handed_out
+                self._is_fresh = False
+                yield Batch(
+                    images.tokens,
+                    texts.tokens,
+                    texts.valid,
+                    *(torch.from_numpy(rows) for rows in (request.numbers, *request.rows)),
+                )
+
+    def _requests(self) -> Iterator[Request]:
+        """The rest of this pass, ahead of what the consumer has."""
+        position, in_pass = self._position, self._in_pass
+        for _ in range(self._steps_left(in_pass)):
+            pairs = self.order.pairs_at(position)
+            rows = (self.cache.image_rows[pairs], self.cache.text_rows[pairs])
+            yield Request(pairs, rows, position)
+            position += self._global_size(position)
+
+    def _global_size(self, position: int) -> int:
+        """Pairs of the global batch at a position."""
+        batch = self.order.global_batch
+        return batch if self.order.shuffle else min(batch, self.order.num_pairs - position)
+
+    def _steps_left(self, in_pass: int) -> int:
+        """Batches of a pass that are still to come."""
+        batch = self.order.global_batch
+        if self.order.shuffle:
+            return max(0, len(self) - -(-in_pass // batch))
+        return -(-(self.order.num_pairs - in_pass) // batch)
+
+    def _open(self) -> Ring:
+        """Buffers and files of this process."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            sets = (self.cache.images, self.cache.texts)
+            rows = (self.cache.image_rows, self.cache.text_rows)
+            share = self.order.global_batch // self.order.world_size
+            order = self.order
+            ring = Ring(sets, rows, share, self.reading, seed=order.seed, populate=order.shuffle)
+            self._opened = (os.getpid(), ring)
+        return self._opened[1]
+
+    def state_dict(self) -> dict[str, int | str]:
+        """Where the run stands, as JSON values.
+
+        Returns:
+            `seed`; `epoch`, the number of the permutation; `position`, pairs of it that were handed
+            out over all ranks; `in_pass`, pairs handed out since the last `iter`; `num_pairs`; and
+            the cache's `fingerprint`.
+        """
+        epoch, position = divmod(self._position, self.order.num_pairs)
+        return {
+            "seed": self.order.seed,
+            "epoch": epoch,
+            "position": position,
+            "in_pass": self._in_pass,
+            "num_pairs": self.order.num_pairs,
+            "fingerprint": self.cache.fingerprint,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, int | str]) -> None:
+        """Go on where a state was taken: the next `iter` gives the rest of its pass.
+
+        Ranks, threads and buffers may be others than then. With another batch size the pairs still
+        come in the same order, cut into other batches.
+
+        Args:
+            state_dict: From `state_dict`.
+
+        Raises:
+            StaleFeatureSetError: It was taken over another cache.
+            UsageError: It was taken with another seed, or is no such state.
+        """
+        missing = sorted(set(self.state_dict()) - set(state_dict))
+        if missing:
+            raise UsageError(f"this is no state of a loader: it has no `{missing[0]}`")
+        if state_dict["fingerprint"] != self.cache.fingerprint:
+            raise StaleFeatureSetError(
+                f"the state was taken over the cache {state_dict['fingerprint']}, this one is "
+                f"{self.cache.fingerprint}: other features or other pairs",
+                where=f"{self.cache.images.folder} and {self.cache.texts.folder}",
+                fix="resume with the feature sets and the manifest of the run",
+            )
+        if state_dict["seed"] != self.order.seed:
+            raise UsageError(
+                f"the state was taken with seed {state_dict['seed']}, this loader has "
+                f"{self.order.seed}: another order",
+                fix=f"seed {state_dict['seed']}",
+            )
+        epoch, position = int(state_dict["epoch"]), int(state_dict["position"])
+        self._position = epoch * self.order.num_pairs + position
+        self._in_pass = int(state_dict["in_pass"])
+        if self._steps_left(self._in_pass) == 0:  # taken after the last batch of a pass
+            self._in_pass = 0
+            self._position = self._position if self.order.shuffle else 0
+        self._is_fresh = True
+
+
+def iterate_rows(
+    features: FeatureSet,
+    rows: Int64[np.ndarray, " N"],
+    batch_size: int,
+    **reading: int | str | None,
+) -> Iterator[tuple[Int64[np.ndarray, " B"], Float[Tensor, "B T D"], Bool[Tensor, "B T"] | None]]:
+    """Read rows of one feature set in the order given, for heads and retrieval.
+
+    Args:
+        features: The set.
+        rows: Row numbers in the set, any order, repeats allowed; none may be quarantined.
+        batch_size: Rows of a batch; the last one is short.
+        **reading: Fields of `Reading`, as for `TokenLoader`.
+
+    Returns:
+        An iterator over batches: their row numbers; their tokens, valid until the next batch is
+        asked for; and for text sets the mask of real tokens (padding is zeros), None for images.
+
+    Raises:
+        UsageError: `batch_size` or a reading option cannot be.
+    """
+    checked = validate(Reading, reading, where="iterate_rows")
+    if batch_size < 1:
+        raise UsageError(f"`batch_size` is {batch_size}, it must be at least 1")
+    return _iterate(features, rows, batch_size, checked)
+
+
+def _iterate(
+    features: FeatureSet, rows: Int64[np.ndarray, " N"], batch_size: int, reading: Reading
+) -> Generator[tuple[Int64[np.ndarray, " B"], Tensor, Tensor | None], None, None]:
+    if not len(rows):
+        return
+    features.shard_of(rows)  # refuses rows outside the set before their lengths are looked up
+    ring = Ring([features], [rows], min(batch_size, len(rows)), reading)
+    cuts = range(0, len(rows), batch_size)
+    requests = (Request(part, (part,), at) for at in cuts for part in [rows[at : at + batch_size]])
+    with closing(ring.run(requests)) as results:
+        for request, (filled,) in results:
+            valid = filled.valid if features.spec.modality == "text" else None
+            yield request.numbers, filled.tokens, valid

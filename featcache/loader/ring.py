@@ -1,0 +1,288 @@
+"""A ring of reused buffers that threads fill ahead of the consumer."""
+
+import contextlib
+import logging
+import os
+import re
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from featcache.cache.reader import FeatureSet
+from featcache.config import Config
+from featcache.console import size
+from featcache.errors import UsageError
+from featcache.loader.rows import TOKENS_PATTERN, RowPlan, RowReader
+
+MIN_READ_THREADS = 8
+"""Threads that read by `pread` at least: one request at a time leaves a disk idle."""
+MIN_PART_BYTES = 256 * 2**10
+"""Below this it costs more to share a piece of work among threads than to do it."""
+FITS_SHARE = 0.8
+"""Share of the available memory up to which tokens are mapped instead of read."""
+
+_log = logging.getLogger("featcache.loader")
+
+
+class Reading(Config):
+    """How tokens get from disk to the consumer, and which tokens of a row."""
+
+    threads: int = Field(2, ge=1, le=256, description="Threads that fill buffers.")
+    prefetch: int = Field(2, ge=0, le=64, description="Batches that are filled ahead.")
+    buffer_mb: PositiveInt = Field(
+        512, description="Bound of all buffers, in 2**20 bytes; two batches are held at least."
+    )
+    io: Literal["auto", "mmap", "pread"] = Field(
+        "auto", description="Memory maps, `pread`, or maps as long as the tokens fit in memory."
+    )
+    tokens: str = Field(
+        "all",
+        pattern=TOKENS_PATTERN,
+        description="all | prefix | grid | pooled | random:N; see `RowReader`.",
+    )
+    locality_block: PositiveInt | None = Field(
+        None, description="Shuffle blocks of that many pairs, for disks slow at random access."
+    )
+
+
+def available_memory() -> int:
+    """Bytes that this process can still use: the machine's, or less in a container.
+
+    The page cache counts as available, so tokens that are cached already do not speak against
+    mapping them.
+    """
+    with contextlib.suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        if found:
+            return min(int(found[1]) * 1024, _container_memory())
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _container_memory() -> int:
+    """What a control group (version 2) leaves; more than any machine has where there is none."""
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # the limit may read `max`
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+        return max(0, limit - used + (int(cached[1]) if cached else 0))
+    return 2**63
+
+
+def choose_io(
+    sets: Sequence[FeatureSet], io: Literal["auto", "mmap", "pread"]
+) -> Literal["mmap", "pread"]:
+    """Decide how tokens are read, and log what was decided.
+
+    Args:
+        sets: All sets that are read together.
+        io: `auto` maps when the tokens of all sets fit in the available memory.
+    """
+    if io != "auto":
+        return io
+    places = [features.token_place(n) for features in sets for n in range(features.num_shards)]
+    wanted = sum(int(np.prod(place.shape)) * place.dtype.itemsize for place in places)
+    available = available_memory()
+    fits = wanted <= FITS_SHARE * available
+    _log.info(
+        "tokens of %s: %s, available memory: %s; %s",
+        " and ".join(features.spec.title for features in sets),
+        size(wanted),
+        size(available),
+        "they are mapped" if fits else "they would not stay in memory, so they are read by pread",
+    )
+    return "mmap" if fits else "pread"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One batch to fill.
+
+    Attributes:
+        numbers: What the consumer calls these rows: pair numbers, or the rows themselves.
+        rows: Rows to read, for each feature set.
+        position: Of the batch in the run; decides a random token budget.
+    """
+
+    numbers: Int64[np.ndarray, " B"]
+    rows: tuple[Int64[np.ndarray, " B"], ...]
+    position: int
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What one feature set's rows became.
+
+    Attributes:
+        tokens: A view of a buffer, valid until the next batch is asked for.
+        valid: True at real tokens, False where a shorter row is padded.
+    """
+
+    tokens: Float[Tensor, "B T D"]
+    valid: Bool[Tensor, "B T"]
+
+
+class _Slot:
+    """The buffers of one batch, one per feature set."""
+
+    def __init__(self, sizes: list[tuple[int, torch.dtype]], *, pinned: bool):
+        self.buffers = [torch.empty(n, dtype=dtype, pin_memory=pinned) for n, dtype in sizes]
+        self._copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+
+    def release(self) -> None:
+        """Mark the moment after which the consumer starts no copy from these buffers any more."""
+        if self._copied is not None:
+            self._copied.record()
+
+    def wait(self) -> None:
+        """Wait until copies to the GPU that were under way at `release` are done."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A batch that threads work on."""
+
+    slot: _Slot
+    request: Request
+    filled: list[Filled]
+    pieces: list[Future[None]]
+
+
+class Ring:
+    """Buffers for a few batches of rows from one or more feature sets, for one process.
+
+    Memory is bound by `buffer_mb` however large the sets are, and is allocated once. When two
+    batches alone exceed the bound, two are held, and `prefetch` shrinks to one.
+
+    Args:
+        sets: The feature sets.
+        rows: All rows that will be asked for, of each set; only their longest text matters.
+        batch_size: Rows of the largest batch.
+        reading: Threads, prefetch, bound on memory, way of reading, token budget.
+        seed: Of a random token budget.
+        populate: See `RowReader`.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[FeatureSet],
+        rows: Sequence[Int64[np.ndarray, " N"]],
+        batch_size: int,
+        reading: Reading,
+        *,
+        seed: int = 0,
+        populate: bool = False,
+    ):
+        io = choose_io(sets, reading.io)
+        self._readers = [
+            RowReader(one, io=io, tokens=reading.tokens, seed=seed, populate=populate)
+            for one in sets
+        ]
+        self._threads = max(reading.threads, MIN_READ_THREADS if io == "pread" else 1)
+        sizes = [
+            (
+                batch_size * reader.width(some) * reader.dim,
+                torch.from_numpy(np.empty(0, reader.dtype)).dtype,
+            )
+            for reader, some in zip(self._readers, rows, strict=True)
+        ]
+        batch_bytes = sum(count * dtype.itemsize for count, dtype in sizes)
+        fitting = max(2, reading.buffer_mb * 2**20 // max(1, batch_bytes))
+        # One more than are handed out or filled, so that a copy to a GPU need not be waited for.
+        num_slots = min(reading.prefetch + 2, fitting)
+        self._ahead = min(reading.prefetch, num_slots - 1)
+        self._slots = [_Slot(sizes, pinned=_can_pin()) for _ in range(num_slots)]
+
+    def run(
+        self, requests: Iterator[Request]
+    ) -> Generator[tuple[Request, list[Filled]], None, None]:
+        """Fill batches in order, a few of them ahead.
+
+        Threads end when this generator does: at its last batch, when it is closed or collected as
+        garbage, or at an error.
+
+        Args:
+            requests: Asked for one by one in the consumer's thread, ahead of what it gets.
+
+        Yields:
+            Each request and what its rows became, per feature set.
+
+        Raises:
+            FeatcacheError: What went wrong in a thread, when its batch is due; a row that cannot be
+                read is refused when its batch is planned, up to `prefetch` batches earlier.
+            UsageError: The process is a fork of the one that started.
+        """
+        owner = os.getpid()
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="featcache-loader")
+        waiting: deque[_Job] = deque()
+        started = 0
+        try:
+            while True:
+                for request in islice(requests, self._ahead + 1 - len(waiting)):
+                    slot = self._slots[started % len(self._slots)]
+                    waiting.append(self._start(pool, slot, request))
+                    started += 1
+                if not waiting:
+                    return
+                job = waiting.popleft()
+                for piece in job.pieces:
+                    piece.result()
+                yield job.request, job.filled
+                _refuse_fork(owner)
+                job.slot.release()
+        finally:
+            if os.getpid() == owner:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, pool: ThreadPoolExecutor, slot: _Slot, request: Request) -> _Job:
+        """Check one batch's rows, and hand its work to the threads in pieces."""
+        job = _Job(slot, request, [], [])
+        for reader, buffer, rows in zip(self._readers, slot.buffers, request.rows, strict=True):
+            plan = reader.plan(rows, position=request.position)
+            shape = (len(rows), plan.width, reader.dim)
+            tokens = buffer[: prod(shape)].view(shape)
+            job.filled.append(Filled(tokens, torch.from_numpy(plan.valid)))
+            for part in self._parts(len(rows), tokens.nbytes):
+                out = tokens[part].numpy()
+                job.pieces.append(pool.submit(_fill, slot, reader, plan, part, out))
+        return job
+
+    def _parts(self, num_rows: int, size_bytes: int) -> list[slice]:
+        """Cut a batch's rows into one piece per thread, fewer where they would be tiny."""
+        count = max(1, min(self._threads, num_rows, size_bytes // MIN_PART_BYTES))
+        return [slice(a, b) for a, b in pairwise(num_rows * n // count for n in range(count + 1))]
+
+
+def _fill(
+    slot: _Slot, reader: RowReader, plan: RowPlan, part: slice, out: Float[np.ndarray, "B T D"]
+) -> None:
+    """One piece of a thread's work."""
+    slot.wait()
+    reader.fill(plan, part, out)
+
+
+def _refuse_fork(owner: int) -> None:
+    """Raise in a process that inherited a half-done pass, instead of waiting for ever."""
+    if os.getpid() != owner:
+        raise UsageError(
+            "the process was forked in the middle of a pass, whose threads the fork has not",
+            fix="start a new pass in the new process: iter(loader)",
+        )
+
+
+def _can_pin() -> bool:
+    """Whether there is a GPU whose driver this process may use; a fork of a user may not."""
+    return torch.cuda.is_available() and not torch.cuda._is_in_bad_fork()
