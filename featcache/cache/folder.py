@@ -1,0 +1,348 @@
+"""The folder of a feature set while it is being made: its plan, what is missing, what failed."""
+
+import os
+import re
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float32
+
+from featcache.cache.format import (
+    MAX_KEY_BYTES,
+    PLAN_FILE,
+    SPEC_FILE,
+    FeatureSetSpec,
+    SetPlan,
+    ShardPlan,
+    explain_difference,
+    plan_values,
+    read_plan,
+    read_spec,
+    shard_name,
+    spec_values,
+)
+from featcache.cache.shard import Shard
+from featcache.config import read_json, replace_file, write_json
+from featcache.errors import CacheError, ShardError
+
+QUALITY_FILE = "quality.json"
+FAILURES_FOLDER = "failures.parquet"
+SCALE_FILE = "scale_channel.json"
+FOREIGN_PARTIAL_S = 3_600.0
+"""After this long without growth a half-written file of another host counts as dead."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_FAILURES = pa.schema([("shard", pa.int32()), ("key", pa.string()), ("reason", pa.string())])
+
+
+class FeatureSetWriter:
+    """The folder of one feature set, from the side that makes it.
+
+    Get one from `create` (the run that extracts) or `open` (its workers).
+
+    Attributes:
+        folder: The set's folder.
+        spec: How its rows are made.
+        manifest_name: Manifest that its rows come from.
+        shards: The planned shards; `shards[i].number == i`.
+    """
+
+    def __init__(self, folder: Path, spec: FeatureSetSpec, plan: SetPlan):
+        self.folder = folder
+        self.spec = spec
+        self.manifest_name = plan.manifest_name
+        self.shards = plan.shards
+
+    @classmethod
+    def create(
+        cls, folder: Path, spec: FeatureSetSpec, plan: Sequence[ShardPlan], manifest_name: str
+    ) -> "FeatureSetWriter":
+        """Write `feature_set.json` and `shards.json`, or find equal ones and go on from there.
+
+        A row whose file changed is refused, unless it is one that failed: its shard is then given
+        up and is `missing` again.
+
+        Args:
+            folder: Folder of the set; made when absent.
+            spec: How rows are made.
+            plan: From `plan_shards`.
+            manifest_name: Manifest that the rows come from.
+
+        Raises:
+            StaleFeatureSetError: The folder holds a set that was made otherwise.
+            CacheError: The plan cannot be, or its rows are not those of the set that is there.
+        """
+        shards = list(plan)
+        _check_plan(shards, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / SPEC_FILE).exists():
+            have = read_spec(folder)
+            if have.fingerprint != spec.fingerprint:
+                raise explain_difference(have, spec, folder / SPEC_FILE)
+        else:
+            have = spec
+            write_json(folder / SPEC_FILE, spec_values(spec))
+        if not (folder / PLAN_FILE).exists():
+            write_json(folder / PLAN_FILE, plan_values(SetPlan(manifest_name, shards)))
+        writer = cls(folder, have, read_plan(folder))
+        writer._compare(shards, manifest_name)
+        if have.library_version != spec.library_version and writer.missing():
+            raise explain_difference(have, spec, folder / SPEC_FILE)
+        return writer
+
+    @classmethod
+    def open(cls, folder: Path) -> "FeatureSetWriter":
+        """Open a set that `create` has made.
+
+        Raises:
+            CacheError: There is none, or its files are damaged.
+        """
+        return cls(folder, read_spec(folder), read_plan(folder))
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not complete: absent, cut, or of another set.
+
+        Only headers are read: damage inside a shard is what `verify` finds.
+        """
+        return [shard.number for shard in self.shards if not self._is_complete(shard)]
+
+    def discard(self, numbers: Iterable[int]) -> None:
+        """Delete shards, so that they are missing and will be made again."""
+        for number in numbers:
+            (self.folder / shard_name(number)).unlink(missing_ok=True)
+
+    def remove_dead_partials(self) -> int:
+        """Remove half-written files whose writer is gone.
+
+        Returns:
+            How many were removed. A partial of this host is dead when its process is; one of
+            another host when it has not grown for an hour.
+        """
+        dead = [path for path in self.folder.glob("*.partial-*") if _is_dead(path)]
+        for path in dead:
+            path.unlink(missing_ok=True)
+        return len(dead)
+
+    def write_scale_channel(self, scale_channel: Float32[np.ndarray, " D"]) -> None:
+        """Keep an int8 set's channel scale, which all of its shards share.
+
+        Args:
+            scale_channel: From `make_channel_scale`.
+
+        Raises:
+            CacheError: The set is not int8, or has another scale already.
+        """
+        if self.spec.dtype != "int8":
+            raise CacheError(f"a {self.spec.dtype} set has no channel scale", where=self.folder)
+        have = self.scale_channel()
+        if have is not None and not np.array_equal(have, scale_channel):
+            raise CacheError(
+                "the set has another channel scale already, which its shards share",
+                where=self.folder / SCALE_FILE,
+                fix="use the stored one: FeatureSetWriter.scale_channel()",
+            )
+        # A float32 survives the way through JSON's decimal digits exactly.
+        write_json(self.folder / SCALE_FILE, scale_channel.astype(float).tolist())
+
+    def scale_channel(self) -> "Float32[np.ndarray, ' D'] | None":
+        """An int8 set's channel scale; None when the set is not int8 or has none yet."""
+        path = self.folder / SCALE_FILE
+        if self.spec.dtype != "int8" or not path.exists():
+            return None
+        return np.array(read_json(path), dtype=np.float32)
+
+    def write_failures(self, number: int, reasons: Mapping[str, str]) -> None:
+        """Note which rows of one shard failed, in place of what was noted for that shard.
+
+        `failures.parquet` is a folder with a table for each shard that has failures, so workers
+        need no lock; Parquet readers take it as one table. Only key and reason are kept.
+
+        Args:
+            number: The shard.
+            reasons: For each failed row its key and a reason without paths or report text.
+        """
+        folder = self.folder / FAILURES_FOLDER
+        path = folder / f"shard-{number:06d}.parquet"
+        if not reasons:
+            path.unlink(missing_ok=True)
+            return
+        folder.mkdir(exist_ok=True)
+        rows = [{"shard": number, "key": key, "reason": reasons[key]} for key in sorted(reasons)]
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows, schema=_FAILURES), sink)
+        replace_file(path, sink.getvalue().to_pybytes())
+
+    def read_failures(self) -> dict[str, str]:
+        """Reason of each failed row of the set, by key."""
+        return {row["key"]: row["reason"] for row in read_failures(self.folder)}
+
+    def write_quality(self, values: Mapping[str, Any]) -> None:
+        """Add figures learnt about the set to `quality.json`; equal names are replaced."""
+        write_json(self.folder / QUALITY_FILE, {**read_quality(self.folder), **values})
+
+    def _is_complete(self, shard: ShardPlan) -> bool:
+        """Whether a shard's file is there, whole, and holds the planned rows of this set."""
+        try:
+            header = Shard.open(self.folder / shard.file_name).header
+        except ShardError:
+            return False
+        return (header.fingerprint, header.keys_hash) == (self.spec.fingerprint, shard.keys_hash)
+
+    def _compare(self, shards: list[ShardPlan], manifest_name: str) -> None:
+        """Refuse other rows than the set's; take in new files of rows that had failed."""
+        where = self.folder / PLAN_FILE
+        aside = f"{self.spec.extract_command} --root OTHER-FOLDER"
+        if manifest_name != self.manifest_name:
+            raise CacheError(
+                f"the set holds the rows of manifest `{self.manifest_name}`, this run asks for "
+                f"those of `{manifest_name}`",
+                where=where,
+                fix=f"{aside} keeps the two apart",
+            )
+        if [shard.keys for shard in self.shards] != [shard.keys for shard in shards]:
+            raise CacheError(
+                _changed_keys(self.shards, shards), where=where, fix=f"{aside} starts a new set"
+            )
+        changed = [
+            (new.number, key)
+            for old, new in zip(self.shards, shards, strict=True)
+            for key, was, now in zip(new.keys, old.row_hashes, new.row_hashes, strict=True)
+            if was != now
+        ]
+        failed = self.read_failures() if changed else {}
+        stale = [key for _, key in changed if key not in failed]
+        if stale:
+            raise CacheError(
+                f"the file of row `{stale[0]}` is another one than when it was extracted"
+                + (f", and those of {len(stale) - 1} more rows" if len(stale) > 1 else ""),
+                where=where,
+                fix=f"{aside} makes a new set; or delete this set's folder first",
+            )
+        if changed:
+            self.discard({number for number, _ in changed})
+            write_json(where, plan_values(SetPlan(manifest_name, shards)))
+            self.shards = shards
+
+
+def read_failures(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a set's `failures.parquet`: shard, key, reason; none when nothing failed.
+
+    Raises:
+        CacheError: The file is damaged.
+    """
+    rows: list[dict[str, Any]] = []
+    for path in sorted((folder / FAILURES_FOLDER).glob("shard-*.parquet")):
+        try:
+            rows += pq.ParquetFile(path).read(columns=_FAILURES.names).to_pylist()
+        except (pa.ArrowException, OSError):
+            raise CacheError(
+                "the file is damaged: it is no table of failures",
+                where=path,
+                fix="delete it; featcache verify still counts the rows that are not valid",
+            ) from None
+    return rows
+
+
+def read_quality(folder: Path) -> dict[str, Any]:
+    """A set's `quality.json`: figures that were learnt about it; empty when there are none."""
+    path = folder / QUALITY_FILE
+    values = read_json(path) if path.exists() else {}
+    if not isinstance(values, dict):
+        raise CacheError("the file is damaged: it holds no JSON object", where=path)
+    return values
+
+
+def _check_plan(shards: list[ShardPlan], where: Path) -> None:
+    """Refuse plans that could not be written or read back."""
+    keys = [key for shard in shards for key in shard.keys]
+    if not keys or not all(shard.keys for shard in shards):
+        raise CacheError(
+            "there are no rows to extract", where=where, fix="look at the manifest's funnel"
+        )
+    if len(set(keys)) != len(keys):
+        twice = Counter(keys).most_common(1)[0][0]
+        raise CacheError(f"the key `{twice}` stands twice in the plan", where=where)
+    for key in keys:
+        if not 1 <= len(key.encode()) <= MAX_KEY_BYTES or _CONTROL.search(key):
+            raise CacheError(
+                f"the key {key!r} is empty, longer than {MAX_KEY_BYTES} bytes, or holds control "
+                "characters",
+                where=where,
+            )
+    for position, shard in enumerate(shards):
+        if shard.number != position or len(shard.row_hashes) != len(shard.keys):
+            raise CacheError(f"the plan of shard {position} contradicts itself", where=where)
+        if any("\n" in text for text in shard.row_hashes):
+            raise CacheError(f"a row hash of shard {position} has a line feed", where=where)
+
+
+def _changed_keys(have: list[ShardPlan], want: list[ShardPlan]) -> str:
+    """A sentence about rows that came, went, or moved."""
+    old = [key for shard in have for key in shard.keys]
+    new = [key for shard in want for key in shard.keys]
+    known, asked = set(old), set(new)
+    added = [key for key in new if key not in known]
+    gone = [key for key in old if key not in asked]
+    if added or gone:
+        first = f"`{added[0]}` is new" if added else f"`{gone[0]}` is gone"
+        return (
+            f"the manifest has other rows than the set: {len(added)} more, {len(gone)} fewer; "
+            f"{first}"
+        )
+    if old != new:
+        first = next(b for a, b in zip(old, new, strict=True) if a != b)
+        return f"the manifest has the set's rows in another order, from `{first}` on"
+    return (
+        f"the set was planned with {have[0].num_rows} rows per shard, this run asks for "
+        f"{want[0].num_rows}"
+    )
+
+
+def partial_path(path: Path) -> Path:
+    """Where this process writes a file before it is renamed to `path`."""
+    pid = os.getpid()
+    return path.with_name(f"{path.name}.partial-{_host()}-{pid}-{_start_time(pid) or 0}")
+
+
+def _host() -> str:
+    """This machine's name, as file names can hold it."""
+    return re.sub(r"[^\w.-]", "_", socket.gethostname()) or "unknown"
+
+
+def _start_time(pid: int) -> int | None:
+    """When a process of this machine started, in clock ticks since boot.
+
+    Returns:
+        None when there is no such process (or it is a zombie); 0 when the system does not tell.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        fields = ""
+    if fields:
+        state, *rest = fields.rpartition(")")[2].split()
+        return None if state == "Z" else int(rest[18])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return 0
+
+
+def _is_dead(path: Path) -> bool:
+    """Whether nobody writes a partial any more."""
+    owner = path.name.partition(".partial-")[2].rsplit("-", 2)
+    if len(owner) == 3 and owner[0] == _host() and owner[1].isdigit() and owner[2].isdigit():
+        return _start_time(int(owner[1])) != int(owner[2])
+    try:
+        return time.time() - path.stat().st_mtime > FOREIGN_PARTIAL_S
+    except FileNotFoundError:
+        return False

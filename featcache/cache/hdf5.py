@@ -1,0 +1,186 @@
+"""The HDF5 skeleton around a shard's arrays, the only place that calls libhdf5.
+
+Run as `python -m featcache.cache.hdf5` it is the child process in which `verify` lets libhdf5 open
+shards: one changed byte can make that library crash or loop for ever, so it never runs elsewhere
+on files that exist already.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import xxhash
+from h5py import h5a, h5d, h5f, h5g, h5p, h5s, h5t
+
+from featcache.cache.header import ALIGNMENT, ATTRIBUTE_BYTES, USER_BLOCK, Place
+from featcache.cache.shard import Shard
+from featcache.errors import ShardError
+
+ATTRIBUTE = "featcache"
+CHILD_MEMORY_BYTES = 4 * 2**30
+CHILD_CPU_S = 3_600
+_ROWS_BYTES = 8 * 2**20
+
+
+def write_skeleton(
+    path: Path,
+    shapes: Mapping[str, tuple[tuple[int, ...], str]],
+    make_text: Callable[[int, Mapping[str, Place]], bytes],
+) -> tuple[bytes, dict[str, Place]]:
+    """Make an HDF5 file whose arrays have their place but no content.
+
+    The attribute holds the file's own size and offsets. So the file is made twice: with a blank
+    attribute, to learn them, and with the real one. Its size is fixed, so the layout is the same.
+
+    Args:
+        path: File to make, overwritten.
+        shapes: Shape and dtype of each array, in the order of the format.
+        make_text: Turns file size and places into the header's JSON.
+
+    Returns:
+        That JSON, and each array's place.
+
+    Raises:
+        ShardError: libhdf5 lays the second file out otherwise than the first.
+    """
+    blank = _build(path, shapes, b"")
+    text = make_text(*blank)
+    if _build(path, shapes, text) != blank:
+        raise ShardError(
+            f"libhdf5 {h5py.version.hdf5_version} lays out equal files differently", where=path
+        )
+    return text, blank[1]
+
+
+def _build(
+    path: Path, shapes: Mapping[str, tuple[tuple[int, ...], str]], text: bytes
+) -> tuple[int, dict[str, Place]]:
+    """Write the whole file once; its size and the arrays' places."""
+    creation = h5p.create(h5p.FILE_CREATE)
+    creation.set_userblock(USER_BLOCK)
+    creation.set_obj_track_times(False)  # of the root group, else each second gives other bytes
+    access = h5p.create(h5p.FILE_ACCESS)
+    access.set_libver_bounds(h5f.LIBVER_V110, h5f.LIBVER_V110)
+    access.set_alignment(1, ALIGNMENT)
+    # Network file systems without locks refuse the call; the partial's name is the lock.
+    access.set_file_locking(False, True)
+    file = h5f.create(os.fsencode(path), h5f.ACC_TRUNC, creation, access)
+    try:
+        places = {name: _add(file, name, *shape) for name, shape in shapes.items()}
+        kind = _text_type(ATTRIBUTE_BYTES)
+        root = h5g.open(file, b"/")
+        attribute = h5a.create(root, ATTRIBUTE.encode(), kind, h5s.create(h5s.SCALAR))
+        attribute.write(np.array(text, dtype=f"S{ATTRIBUTE_BYTES}"), mtype=kind)
+        del attribute, root
+    finally:
+        file.close()
+    return path.stat().st_size, places
+
+
+def _add(file: Any, name: str, shape: tuple[int, ...], dtype: str) -> Place:
+    """Add one contiguous array, allocated at once and never filled."""
+    layout = h5p.create(h5p.DATASET_CREATE)
+    layout.set_layout(h5d.CONTIGUOUS)
+    layout.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5d.FILL_TIME_NEVER)
+    layout.set_obj_track_times(False)
+    kind = _hdf5_type(dtype)
+    array = h5d.create(file, name.encode(), kind, h5s.create_simple(shape), dcpl=layout)
+    # An array without bytes has no storage; the format gives it the first place there is.
+    offset = array.get_offset() if 0 not in shape else USER_BLOCK
+    return Place(int(offset), shape, dtype)
+
+
+def _text_type(size: int) -> Any:
+    """Fixed-length UTF-8, padded with zeros."""
+    kind = h5t.C_S1.copy()
+    kind.set_size(size)
+    kind.set_cset(h5t.CSET_UTF8)
+    kind.set_strpad(h5t.STR_NULLPAD)
+    return kind
+
+
+def _hdf5_type(dtype: str) -> Any:
+    """The HDF5 type of a format's dtype; bool is h5py's enumeration of FALSE and TRUE."""
+    if dtype.startswith("S"):
+        return _text_type(int(dtype[1:]))
+    return h5t.py_create(Place(0, (), dtype).numpy_type, logical=True)
+
+
+def compare_with_header(path: Path, *, deep: bool) -> str | None:
+    """Let libhdf5 open a shard and compare what it sees with the header.
+
+    Args:
+        path: The shard.
+        deep: Whether to read every array through libhdf5 too and compare the bytes.
+
+    Returns:
+        The first difference in words, None when there is none.
+    """
+    shard = Shard.open(path)
+    with h5py.File(path, "r", locking=False) as file:
+        if set(file) != set(shard.header.places):
+            return f"HDF5 names the arrays {sorted(file)}"
+        attribute = bytes(file.attrs[ATTRIBUTE])
+        with shard.descriptor() as descriptor:
+            if not attribute or attribute not in os.pread(descriptor, USER_BLOCK, 0):
+                return f"the attribute `{ATTRIBUTE}` is not the header's JSON"
+        for name, place in shard.header.places.items():
+            array = file[name]
+            same = array.shape == place.shape and array.dtype == place.numpy_type
+            inside = 0 in place.shape or array.id.get_offset() == place.offset
+            if not same or not inside:
+                return f"HDF5 sees `{name}` as {array.dtype} {array.shape}, or elsewhere"
+            if deep and not _equal_bytes(array, shard, name):
+                return f"HDF5 reads other values of `{name}` than stand at its place"
+    return None
+
+
+def _equal_bytes(array: Any, shard: Shard, name: str) -> bool:
+    """Whether libhdf5 gives the very bytes that stand at an array's place."""
+    place = shard.header.places[name]
+    mapped = shard.map(name, check=False)
+    step = max(1, _ROWS_BYTES // max(1, place.size_bytes // max(1, place.shape[0])))
+    return all(
+        xxhash.xxh3_64_digest(np.ascontiguousarray(array[start : start + step]).data)
+        == xxhash.xxh3_64_digest(np.ascontiguousarray(mapped[start : start + step]).data)
+        for start in range(0, place.shape[0], step)
+    )
+
+
+def _limit_resources() -> None:
+    """Bound this process, so that a file that misleads libhdf5 cannot eat the machine."""
+    import resource  # noqa: PLC0415  (absent on Windows, where the child still has its time limit)
+
+    for kind, limit in (
+        (resource.RLIMIT_AS, CHILD_MEMORY_BYTES),
+        (resource.RLIMIT_CPU, CHILD_CPU_S),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(kind)
+        allowed = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (allowed, hard))
+
+
+def main() -> None:
+    """Check the files named on stdin (JSON: `paths`, `deep`); a JSON line on stdout for each."""
+    request = json.load(sys.stdin)
+    _limit_resources()
+    for path in request["paths"]:
+        try:
+            problem = compare_with_header(Path(path), deep=request["deep"])
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError) as error:
+            problem = f"libhdf5 cannot read it ({type(error).__name__})"
+        except ShardError as error:
+            problem = error.what
+        sys.stdout.write(json.dumps({"path": path, "problem": problem}) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+import io
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+from featcache.cache import hdf5
+from featcache.cache.shard import Shard
+
+
+@pytest.fixture
+def path(build, tmp_path):
+    spec = build.make_spec(pooled_dim=2)
+    content = build.make_content(spec, 4)
+    return build.write_set(tmp_path / "set", spec, content).folder / "shard-000000.h5"
+
+
+def test_attribute_repeats_the_header(path):
+    block = path.read_bytes()[:8192]
+    with h5py.File(path, "r") as file:
+        text = bytes(file.attrs["featcache"])
+    assert block[16:].startswith(text)
+    values = json.loads(text)
+    assert values["file_size"] == path.stat().st_size
+    assert list(values) == sorted(values)
+
+
+def test_skeleton_does_not_depend_on_the_text(tmp_path):
+    shapes = {"tokens": ((2, 3), "float16"), "keys": ((2,), "S3")}
+    files = []
+    for text in (b"{}", b"x" * 2048):
+        found, places = hdf5.write_skeleton(tmp_path / "a", shapes, lambda *_, text=text: text)
+        assert found == text
+        files.append((len((tmp_path / "a").read_bytes()), places))
+    assert files[0] == files[1]
+
+
+def test_array_without_bytes_has_the_first_place(build, tmp_path):
+    spec = build.make_spec("text")
+    content = build.make_content(spec, 2)
+    content.tokens = [np.zeros((0, 4), np.float32)] * 2
+    folder = build.write_set(tmp_path / "set", spec, content).folder
+    shard = Shard.open(folder / "shard-000000.h5")
+    assert shard.header.places["tokens"].offset == 8192
+    assert list(shard.damage()) == []
+    assert hdf5.compare_with_header(shard.path, deep=True) is None
+
+
+def test_libhdf5_agrees_with_the_header(path):
+    assert hdf5.compare_with_header(path, deep=True) is None
+
+
+def test_disagreement_is_described(path):
+    with h5py.File(path, "r+") as file:
+        file.attrs.modify("featcache", np.bytes_(b"{}".ljust(2048)))
+    assert "`featcache` is not the header's JSON" in hdf5.compare_with_header(path, deep=False)
+    with h5py.File(path, "r+") as file:
+        file["more"] = 1
+    # The file grew, which the header check finds before libhdf5 is asked.
+    with pytest.raises(hdf5.ShardError, match="its header says"):
+        hdf5.compare_with_header(path, deep=False)
+
+
+def test_child_answers_for_each_path(path, tmp_path, monkeypatch, capsys):
+    (tmp_path / "none.h5").write_bytes(b"none")
+    request = {"paths": [str(path), str(tmp_path / "none.h5"), "absent"], "deep": True}
+    monkeypatch.setattr(hdf5.sys, "stdin", io.StringIO(json.dumps(request)))
+    monkeypatch.setattr(hdf5, "_limit_resources", lambda: None)
+    hdf5.main()
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["path"] for answer in answers] == request["paths"]
+    assert answers[0]["problem"] is None
+    assert "only 4 bytes" in answers[1]["problem"]
+    assert "missing" in answers[2]["problem"]
