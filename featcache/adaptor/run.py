@@ -1,0 +1,271 @@
+"""The folder of one training run: what was asked for, how far it came, what came out."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import TextIOWrapper
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from pydantic import Field, JsonValue, field_validator
+
+from featcache import __version__
+from featcache.adaptor.model import AdaptorConfig
+from featcache.config import (
+    Config,
+    canonical_json,
+    find_config,
+    load_config,
+    read_json,
+    save_config,
+    to_plain,
+    write_json,
+)
+from featcache.errors import TrainingError
+
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+# Settings that do not shape the result: names of inputs, whose content counts, and means.
+NO_IDENTITY = ("images", "texts", "manifest", "logger", "threads", "buffer_mb", "io")
+
+
+class RunConfig(Config):
+    """One training of an Adaptor."""
+
+    kind: Literal["run"] = Field(default="run", description="What this file configures.")
+    images: str | None = Field(
+        default=None, description="Image feature set; none = the current one."
+    )
+    texts: str | None = Field(default=None, description="Text feature set; none = the current one.")
+    manifest: str | None = Field(default=None, description="Manifest; none = the current one.")
+    adaptor: AdaptorConfig = Field(default=AdaptorConfig(), description="The Adaptor.")
+    epochs: int = Field(default=20, ge=1, description="Passes over the training pairs.")
+    batch_size: int = Field(
+        default=256, description="Pairs of a step; each is contrasted with all others."
+    )
+    lr: float = Field(default=1e-4, gt=0, description="Highest learning rate.")
+    weight_decay: float = Field(
+        default=0.01,
+        ge=0,
+        description="AdamW's, on matrices only: never on norms, biases, logit_scale.",
+    )
+    warmup: float = Field(
+        default=0.05, ge=0, lt=1, description="Share of the steps with a rising rate."
+    )
+    schedule: Literal["cosine", "linear"] = Field(
+        default="cosine", description="How the learning rate falls to 0 after the warm-up."
+    )
+    gradient_clip: float | None = Field(
+        default=1.0, gt=0, description="Largest norm of the gradient; none = no limit."
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="Of weights, dropout and the order of pairs."
+    )
+    precision: Literal["auto", "32-true", "bf16-mixed"] = Field(
+        default="auto",
+        description="Of the arithmetic; auto = bf16-mixed on CUDA, 32-true on a CPU.",
+    )
+    logger: Literal["none", "csv"] = Field(
+        default="none",
+        description="csv: also Lightning's metrics.csv; metrics.jsonl is always written.",
+    )
+    threads: int = Field(default=2, ge=1, le=256, description="Threads that read tokens.")
+    buffer_mb: int = Field(
+        default=512, ge=1, description="Bound of the loader's buffers, in 2**20 bytes."
+    )
+    io: Literal["auto", "mmap", "pread"] = Field(
+        default="auto", description="How tokens are read; auto = maps as long as they fit."
+    )
+
+    @field_validator("batch_size")
+    @classmethod
+    def _has_negatives(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError(
+                f"{value} pairs in a batch leave nothing to contrast a pair with; at least 2"
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a training left behind.
+
+    Attributes:
+        folder: The run's folder.
+        status: `unchanged` when the same training had been finished there before.
+        facts: Content of `run.json`.
+    """
+
+    folder: Path
+    status: Literal["trained", "unchanged"]
+    facts: dict[str, JsonValue]
+
+    @property
+    def adaptor_folder(self) -> Path:
+        """Where the trained Adaptor lies."""
+        return self.folder / "adaptor"
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """Plain values."""
+        return {"folder": str(self.folder), "did": self.status, **self.facts}
+
+    def to_text(self) -> str:
+        """What was written, and what comes next."""
+        did = "wrote" if self.status == "trained" else "nothing to do, finished before:"
+        loss = self.facts.get("final_loss")
+        return (
+            f"{did} {self.folder}   {self.facts.get('epochs')} epochs, last loss {loss:.3f}\n"
+            "next: featcache retrieve, featcache finetune"
+        )
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, flushed, so a killed run keeps what it wrote."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: TextIOWrapper | None = None
+
+    def __enter__(self) -> "MetricsLog":
+        self._file = self._path.open("w", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, kind: str, **values: JsonValue) -> None:
+        """Append one line.
+
+        Args:
+            kind: `step` or `validate`.
+            values: Finite numbers and names.
+        """
+        if self._file is None:
+            raise TrainingError("the metrics log is not open", where=self._path)
+        self._file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
+        self._file.flush()
+
+
+def load_run_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run's config from a YAML file, or from `configs/runs/default.yaml`, and overrides.
+
+    Raises:
+        ConfigError: The file, a key or a value does not fit.
+    """
+    path = find_config("runs", "default") if path is None else path
+    return load_config(RunConfig, path=path, overrides=overrides)
+
+
+def run_identity(config: RunConfig, **inputs: str) -> dict[str, Any]:
+    """What makes two runs the same: the settings that shape the result, and what they read."""
+    settings = to_plain(config)
+    for name in NO_IDENTITY:
+        del settings[name]
+    return {"config": settings, "inputs": dict(inputs)}
+
+
+def free_folder(runs: Path, name: str, identity: Mapping[str, Any]) -> Path:
+    """A folder for a run that was given no name.
+
+    Args:
+        runs: Folder of all runs.
+        name: What it is called if no other run has that name.
+        identity: See `run_identity`.
+
+    Returns:
+        `runs/name`; if another run lies there, `runs/name-<6 hex digits of the identity>`.
+    """
+    path = runs / name / RUN_FILE
+    if not path.is_file() or _differences(_identity_in(path), identity) == []:
+        return path.parent
+    digest = hashlib.sha256(canonical_json(dict(identity)).encode()).hexdigest()
+    return runs / f"{name}-{digest[:6]}"
+
+
+def finished_facts(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Content of `run.json` when this very training was finished in the folder, else None.
+
+    Raises:
+        TrainingError: The folder holds another run; all differences are named.
+    """
+    path = folder / RUN_FILE
+    if not path.is_file():
+        return None
+    differences = _differences(_identity_in(path), identity)
+    if differences:
+        raise TrainingError(
+            "another run lies in this folder:\n  " + "\n  ".join(differences),
+            where=folder,
+            fix="give this run a name of its own, or delete the folder",
+        )
+    facts: dict[str, Any] = read_json(path)
+    return facts if facts.get("status") == "finished" else None
+
+
+def _identity_in(path: Path) -> Mapping[str, Any]:
+    """The identity that a `run.json` records."""
+    facts = read_json(path)
+    identity = facts.get("identity") if isinstance(facts, dict) else None
+    if not isinstance(identity, dict):
+        raise TrainingError(
+            "the file does not describe a run", where=path, fix="choose another name for the run"
+        )
+    return identity
+
+
+def _differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
+    """A sentence for each value in which two identities differ."""
+    old, new = _flat(have), _flat(want)
+    return [
+        f"`{name}`: the folder has {old.get(name, 'none')}, this run asks for "
+        f"{new.get(name, 'none')}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def start_folder(
+    folder: Path,
+    config: RunConfig,
+    identity: Mapping[str, Any],
+    facts: Mapping[str, JsonValue] | None = None,
+) -> None:
+    """Make a run's folder and write down what is about to happen in it.
+
+    Args:
+        folder: Of the run.
+        config: Resolved.
+        identity: See `run_identity`.
+        facts: What else `run.json` says from the start.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / CONFIG_FILE, comment="featcache train-adaptor --config THIS_FILE")
+    write_facts(folder, {**(facts or {}), "status": "started", "identity": dict(identity)})
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `run.json`, and return what it says."""
+    whole = {"version": 1, "made_with": __version__, **facts}
+    write_json(folder / RUN_FILE, whole)
+    return whole
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested values under dotted names, each as canonical JSON."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = canonical_json(value)
+    return flat
