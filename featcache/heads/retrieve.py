@@ -1,0 +1,397 @@
+"""Retrieval on held-out patients: the text of an image among all texts, the image of a text."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64, Int64
+from pydantic import Field, JsonValue, PositiveFloat, PositiveInt
+
+from featcache import __version__
+from featcache.adaptor.saved import TrainedAdaptor, load_adaptor, resolve_device
+from featcache.cache.reader import Cache, FeatureSet, open_cache
+from featcache.config import Config, to_plain
+from featcache.console import note, task
+from featcache.errors import FeatcacheError
+from featcache.heads import inputs, protocol, vectors
+from featcache.heads.protocol import Column, Estimate, Results, Row, Table, TestGate
+from featcache.heads.ranking import (
+    METRICS,
+    Candidates,
+    chance_figures,
+    rank_figures,
+    ranks_both_ways,
+)
+from featcache.heads.ridge import LinearMap, fit_linear_map
+from featcache.loader.gather import iterate_rows
+from featcache.manifest.table import Manifest, open_manifest
+from featcache.workspace import Workspace
+
+COLUMNS = (
+    *(Column(f"recall_at_{k}", f"R@{k} %") for k in (1, 5, 10)),
+    Column("median_rank", "median rank", percent=False),
+    Column("mrr", "MRR %"),
+)
+DIRECTIONS = ("image to text", "text to image")
+CHANCE, RIDGE, ADAPTOR = "chance (exact)", "linear map (ridge) on raw features", "Adaptor"
+DIFFERENCE = "Adaptor minus linear map"
+TEXTS_AT_ONCE = 4096
+
+Ranks = tuple[Int64[np.ndarray, " I"], Int64[np.ndarray, " J"]]
+
+
+class RetrieveConfig(Config):
+    """How retrieval is measured."""
+
+    split: Literal["test", "validate"] = Field("test", description="Where the candidates are from.")
+    linear_map: bool = Field(True, description="Whether to fit the linear map's row.")
+    penalties: tuple[PositiveFloat, ...] = Field(
+        (0.1, 1.0, 10.0, 100.0, 1e3, 1e4),
+        min_length=1,
+        description="Ridge penalties of the linear map; validate chooses one by MRR.",
+    )
+    draws: int = Field(1000, ge=100, description="Bootstrap draws of the patients who ask.")
+    batch_size: PositiveInt = Field(32, description="Images scored at a time.")
+    seed: int = Field(0, ge=0, description="Seed of the bootstrap.")
+
+
+def candidates_of(cache: Cache, manifest: Manifest) -> Candidates:
+    """Every image and every text of a cache's pairs, once."""
+    image_rows, image_of = np.unique(cache.image_rows, return_inverse=True)
+    text_rows, first, text_of = np.unique(cache.text_rows, return_index=True, return_inverse=True)
+    subject_of = dict(
+        zip(manifest.keys, manifest.images.column("subject_id").to_pylist(), strict=True)
+    )
+    subjects = [subject_of[cache.images.keys[row]] for row in image_rows]
+    askers = [subjects[number] for number in image_of[first]]
+    return Candidates(image_rows, text_rows, image_of, text_of, subjects, askers)
+
+
+@torch.inference_mode()
+def adaptor_scores(
+    trained: TrainedAdaptor,
+    cache: Cache,
+    candidates: Candidates,
+    *,
+    device: str,
+    batch_size: int,
+) -> Iterator[Float32[np.ndarray, "_ J"]]:
+    """Scores of blocks of images with all texts, no image knowing which text is its own.
+
+    Args:
+        trained: Adaptor and objective.
+        cache: Where the tokens are.
+        candidates: Images and texts.
+        device: Where the Adaptor runs.
+        batch_size: Images per block.
+    """
+    adaptor, objective = trained.adaptor, trained.objective
+    encoded = []
+    for _, tokens, valid in iterate_rows(cache.texts, candidates.text_rows, batch_size):
+        real = torch.ones(tokens.shape[:2], dtype=torch.bool) if valid is None else valid
+        moved = tokens.to(device, torch.float32)
+        encoded.append(objective.encode_texts(adaptor, moved, real.to(device)))
+    texts, done = torch.cat(encoded), 0
+    with task("score all pairs", len(candidates.image_rows)) as progress:
+        for rows, tokens, _ in iterate_rows(cache.images, candidates.image_rows, batch_size):
+            images = objective.encode_images(adaptor, tokens.to(device, torch.float32))
+            parts = [
+                objective.score(images, some, adaptor.scale).float().cpu()
+                for some in torch.split(texts, TEXTS_AT_ONCE)
+            ]
+            yield torch.cat(parts, dim=1).numpy()
+            done += len(rows)
+            progress.update(done)
+
+
+def retrieve(
+    images: FeatureSet,
+    texts: FeatureSet,
+    manifest: Manifest,
+    run: Path,
+    out: Path,
+    config: RetrieveConfig,
+    *,
+    device: str = "auto",
+    again: bool = False,
+) -> Results:
+    """Rank all texts for each image, and all images for each text, on held-out patients.
+
+    Candidates are every image and every text of the split, once. All texts of an image are right
+    for it, as is any text that equals one of them. Rows: chance, computed exactly; a linear map
+    between the raw features, fitted on the training pairs; the Adaptor; the paired difference of
+    the last two. The rules in words: docs/protocol.md.
+
+    Args:
+        images: Features of the manifest's images.
+        texts: Features of its texts.
+        manifest: Pairs, splits and patients.
+        run: Folder of the training run.
+        out: Gets `results.json`, `results.md` and `test_reads.json`. A finished result of the same
+            request is returned untouched.
+        config: The protocol's numbers.
+        device: Where the Adaptor runs.
+        again: Allow another request to read the test split of this folder.
+
+    Raises:
+        StaleFeatureSetError: The Adaptor was trained on other encoders' features.
+        CacheError: The split has no pair.
+        TrainingError: The test split was read before, and `again` is False.
+    """
+    device = resolve_device(device)
+    trained = load_adaptor(run, device=device)
+    inputs.refuse_foreign(images, trained.image_fingerprint, run)
+    inputs.refuse_foreign(texts, trained.text_fingerprint, run)
+    cache = open_cache(images, texts, manifest, split=config.split)
+    study = _Study(cache, candidates_of(cache, manifest), manifest, trained, config, device)
+    request = protocol.request_hash(study.facts())
+    done = protocol.finished(out, request)
+    if done is not None:
+        return done
+    gate = TestGate(out, request, again=again)
+    if config.split == "test":
+        gate.check()
+    return _measure(study, gate, out)
+
+
+def _measure(study: "_Study", gate: TestGate, out: Path) -> Results:
+    """Fit and choose the linear map, then rank, then write."""
+    config, manifest = study.config, study.manifest
+    linear = study.linear_map() if config.linear_map else "switched off by linear_map=false"
+    gate_notes = []
+    if config.split == "test":
+        gate.read({})
+        gate_notes.append(gate.note())
+    found: dict[str, Ranks | str] = {
+        RIDGE: linear if isinstance(linear, str) else study.linear_ranks(linear),
+        ADAPTOR: study.adaptor_ranks(),
+    }
+    rows = [row for way in range(2) for row in study.rows(way, found, linear)]
+    table = Table(
+        title=f"Retrieval: {manifest.name}, split {config.split}",
+        columns=COLUMNS,
+        rows=tuple(rows),
+        notes=(
+            *manifest.meta.notes,
+            *study.notes(),
+            *inputs.adaptor_notes(study.trained, manifest),
+            *gate_notes,
+        ),
+        configurations=0 if isinstance(linear, str) else len(config.penalties),
+    )
+    record = {**study.facts(), "request": gate.request, "featcache": __version__}
+    return protocol.save_results(out, table, record)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A linear map, with how its penalty was chosen."""
+
+    map: LinearMap
+    penalty: int
+    remark: str
+
+
+@dataclass(frozen=True)
+class _Study:
+    """What is asked, with everything it is asked of."""
+
+    cache: Cache
+    candidates: Candidates
+    manifest: Manifest
+    trained: TrainedAdaptor
+    config: RetrieveConfig
+    device: str
+
+    def facts(self) -> dict[str, JsonValue]:
+        """Everything that decides the result, without paths."""
+        return {
+            "head": "retrieve",
+            "split": self.config.split,
+            **inputs.source_facts(
+                self.manifest, self.trained, images=self.cache.images, texts=self.cache.texts
+            ),
+            "config": to_plain(self.config),
+        }
+
+    def adaptor_ranks(self) -> Ranks:
+        """Ranks by the Adaptor's objective."""
+        blocks = adaptor_scores(
+            self.trained,
+            self.cache,
+            self.candidates,
+            device=self.device,
+            batch_size=self.config.batch_size,
+        )
+        return ranks_both_ways(blocks, self.candidates)
+
+    def _means(
+        self, candidates: Candidates
+    ) -> tuple[Float32[np.ndarray, "I D"], Float32[np.ndarray, "J E"]]:
+        """Mean tokens of images and texts."""
+        size = self.config.batch_size
+        return (
+            vectors.mean_vectors(self.cache.images, candidates.image_rows, batch_size=size),
+            vectors.mean_vectors(self.cache.texts, candidates.text_rows, batch_size=size),
+        )
+
+    def linear_map(self) -> _Fitted | str:
+        """The map fitted on train and chosen on validate, or why there is none."""
+        images, texts = self.cache.images, self.cache.texts
+        try:
+            train = candidates_of(
+                open_cache(images, texts, self.manifest, split="train"), self.manifest
+            )
+            fitted = fit_linear_map(
+                *self._means(train), train.image_of, train.text_of, self.config.penalties
+            )
+        except FeatcacheError as error:
+            return f"not computed: {error.what}"
+        if "validate" not in self.manifest.splits():
+            middle = len(self.config.penalties) // 2
+            return _Fitted(fitted, middle, "penalty not chosen: there is no split validate")
+        validate = candidates_of(
+            open_cache(images, texts, self.manifest, split="validate"), self.manifest
+        )
+        means = self._means(validate)
+        reciprocal = []
+        for penalty in range(len(self.config.penalties)):
+            ranks = ranks_both_ways([fitted.scores(*means, penalty)], validate)
+            reciprocal.append(np.mean([np.mean(1.0 / one) for one in ranks]))
+        best = int(np.argmax(np.round(reciprocal, 9)))
+        return _Fitted(fitted, best, f"penalty {self.config.penalties[best]:g} chosen on validate")
+
+    def linear_ranks(self, fitted: _Fitted) -> Ranks:
+        """Ranks by the linear map."""
+        images, texts = self._means(self.candidates)
+        size = 512
+        blocks = (
+            fitted.map.scores(images[start : start + size], texts, fitted.penalty)
+            for start in range(0, len(images), size)
+        )
+        return ranks_both_ways(blocks, self.candidates)
+
+    def rows(
+        self, way: int, found: Mapping[str, Ranks | str], linear: _Fitted | str
+    ) -> Iterator[Row]:
+        """The lines of one direction."""
+        candidates = self.candidates
+        sizes = (len(candidates.image_rows), len(candidates.text_rows))
+        askers = (candidates.image_subjects, candidates.text_subjects)[way]
+        setting = {
+            "direction": DIRECTIONS[way],
+            "queries": f"{sizes[way]:,}",
+            "candidates": f"{sizes[1 - way]:,}",
+        }
+        name = inputs.dataset_name(self.manifest)
+        sides = (candidates.image_of, candidates.text_of)
+        chance = chance_figures(np.bincount(sides[way]), sizes[1 - way])
+        exact = {metric: Estimate((value,)) for metric, value in chance.items()}
+        yield Row(name, CHANCE, setting, exact, remark="expected value of a random order")
+        drawn: dict[str, Float64[np.ndarray, "draws 5"]] = {}
+        points: dict[str, Float64[np.ndarray, " 5"]] = {}
+        for method, ranks in found.items():
+            if isinstance(ranks, str):
+                yield Row(name, method, setting, remark=ranks)
+                continue
+            points[method], drawn[method] = self._figures(ranks[way], askers)
+            remark = linear.remark if method == RIDGE and isinstance(linear, _Fitted) else ""
+            figures = self._estimates(points[method], drawn[method], askers)
+            yield Row(name, method, setting, figures, remark=remark)
+        if len(points) == 2:
+            gap = points[ADAPTOR] - points[RIDGE]
+            figures = self._estimates(gap, drawn[ADAPTOR] - drawn[RIDGE], askers)
+            yield Row(name, DIFFERENCE, setting, figures, remark="paired: same draws")
+
+    def _figures(
+        self, ranks: Int64[np.ndarray, " Q"], askers: Sequence[str]
+    ) -> tuple[Float64[np.ndarray, " 5"], Float64[np.ndarray, "draws 5"]]:
+        """The figures, and the same in every bootstrap draw."""
+        drawn = protocol.patient_bootstrap(
+            lambda weights: rank_figures(ranks, weights),
+            askers,
+            draws=self.config.draws,
+            seed=self.config.seed,
+        )
+        return rank_figures(ranks, np.ones((1, len(ranks))))[0], drawn
+
+    def _estimates(
+        self,
+        points: Float64[np.ndarray, " 5"],
+        drawn: Float64[np.ndarray, "draws 5"],
+        askers: Sequence[str],
+    ) -> dict[str, Estimate]:
+        """Figures with intervals; none when a single patient asks."""
+        several = len(set(askers)) > 1
+        return {
+            name: Estimate(
+                (float(points[i]),), protocol.interval_of(drawn[:, i]) if several else None
+            )
+            for i, name in enumerate(METRICS)
+        }
+
+    def notes(self) -> Iterator[str]:
+        """Sentences above the table."""
+        candidates, cache = self.candidates, self.cache
+        patients = len(set(candidates.image_subjects))
+        shared = int((np.bincount(candidates.text_of) > 1).sum())
+        several = int((np.bincount(candidates.image_of) > 1).sum())
+        yield (
+            f"Candidates: all {len(candidates.image_rows):,} images and "
+            f"{len(candidates.text_rows):,} different texts of split {self.config.split}, "
+            f"{patients:,} patients. {shared:,} texts belong to several images, {several:,} images "
+            "have several texts: each of them counts as right."
+        )
+        yield (
+            "Ranks count wrong candidates only; whatever ties with the right one stands before it. "
+            "Scored without knowing pairs."
+        )
+        yield (
+            f"[95 % interval]: {self.config.draws:,} draws of the patients whose images or texts "
+            "ask; the candidates stay. A text that patients share asks for the first of them."
+        )
+        yield (
+            f"Features: `{cache.images.spec.title}` ({cache.images.fingerprint[:12]}) and "
+            f"`{cache.texts.spec.title}` ({cache.texts.fingerprint[:12]}). Raw vectors of both "
+            "sides differ in width or meaning and cannot be compared as they are: a linear map "
+            "between their mean tokens, fitted on the training pairs, stands in their place."
+        )
+        for reason, count in sorted(cache.dropped.items()):
+            if reason != "in another split":
+                yield f"Left out: {count:,} pairs of this split, {reason}."
+
+
+def retrieve_workspace(
+    workspace: Workspace,
+    config: RetrieveConfig,
+    *,
+    run: str | None = None,
+    manifest: str | None = None,
+    device: str = "auto",
+    again: bool = False,
+) -> Results:
+    """`retrieve` on what a workspace holds.
+
+    Args:
+        workspace: Where names are looked up, and where the result is written.
+        config: The protocol's numbers.
+        run: Name or folder of a run; None is the current one.
+        manifest: Name or folder of a manifest; None is the current one.
+        device: `auto`, `cpu` or `cuda`.
+        again: Allow another request to read the test split of the output folder.
+    """
+    folder = workspace.run(run)
+    table = open_manifest(workspace.manifest(manifest))
+    trained = load_adaptor(folder)
+    images = FeatureSet.open(
+        inputs.feature_folder(workspace, "image", None, trained.image_fingerprint)
+    )
+    texts = FeatureSet.open(
+        inputs.feature_folder(workspace, "text", None, trained.text_fingerprint)
+    )
+    out = inputs.results_folder(workspace, folder) / "retrieve" / f"{table.name}-{config.split}"
+    note(f"retrieve: run {folder.name}, {images.spec.title}, {texts.spec.title}, {table.name}")
+    return retrieve(images, texts, table, folder, out, config, device=device, again=again)

@@ -1,0 +1,193 @@
+"""One vector per image or text, made of cached tokens, for heads that read vectors."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+from torch import Tensor
+
+from featcache.adaptor.model import masked_mean
+from featcache.adaptor.saved import TrainedAdaptor
+from featcache.cache.format import FeatureSetSpec, hash_keys
+from featcache.cache.reader import FeatureSet
+from featcache.config import replace_file
+from featcache.console import task
+from featcache.encoders.decode import decode_image, to_input
+from featcache.encoders.interface import ImageEncoder, locate_encoder, random_encoder
+from featcache.errors import EncoderError
+from featcache.loader.gather import iterate_rows
+from featcache.manifest.table import Manifest
+
+MEAN = "mean of the patch tokens (prefix tokens left out)"
+MEAN_ALL = "mean of all tokens (the set has no patch tokens)"
+
+
+@dataclass(frozen=True)
+class ImageVectors:
+    """Vectors of the same images from two sources.
+
+    Attributes:
+        raw: Mean patch token as the encoder gave it.
+        adaptor: What the Adaptor's objective offers to heads; None without an Adaptor.
+    """
+
+    raw: Float32[np.ndarray, "N D"]
+    adaptor: Float32[np.ndarray, "N F"] | None
+
+
+def mean_rule(spec: FeatureSetSpec) -> str:
+    """Which mean `mean_tokens` takes of a row of this set, in words."""
+    return MEAN_ALL if spec.num_tokens == spec.num_prefix_tokens else MEAN
+
+
+def mean_tokens(
+    tokens: Float[Tensor, "B L D"], valid: Bool[Tensor, "B L"] | None, spec: FeatureSetSpec
+) -> Float32[Tensor, "B D"]:
+    """Mean of each row's real tokens, in float32; prefix tokens of an image do not enter.
+
+    Args:
+        tokens: Any float type.
+        valid: True = real; None = all.
+        spec: Says how many prefix tokens there are.
+    """
+    first = 0 if mean_rule(spec) == MEAN_ALL else spec.num_prefix_tokens
+    some = None if valid is None else valid[:, first:]
+    return masked_mean(tokens[:, first:].float(), some)
+
+
+@torch.inference_mode()
+def image_vectors(
+    images: FeatureSet,
+    rows: Int64[np.ndarray, " N"],
+    trained: TrainedAdaptor | None,
+    *,
+    device: str = "cpu",
+    batch_size: int = 64,
+) -> ImageVectors:
+    """Read each image's tokens once and make both vectors of them.
+
+    No image's vector depends on the others in its batch.
+
+    Args:
+        images: The encoder's tokens.
+        rows: Which rows, in the order of the result.
+        trained: Its objective turns tokens into the Adaptor's vector.
+        device: Where the Adaptor runs.
+        batch_size: Images read at a time.
+    """
+    raw, adapted, done = [], [], 0
+    with task(f"read {images.spec.title}", len(rows)) as progress:
+        for some, tokens, valid in iterate_rows(images, rows, batch_size):
+            raw.append(mean_tokens(tokens, valid, images.spec).numpy())
+            if trained is not None:
+                moved = tokens.to(device, torch.float32)
+                vector = trained.objective.image_vector(trained.adaptor, moved)
+                adapted.append(vector.float().cpu().numpy())
+            done += len(some)
+            progress.update(done)
+    return ImageVectors(np.concatenate(raw), np.concatenate(adapted) if adapted else None)
+
+
+def mean_vectors(
+    features: FeatureSet, rows: Int64[np.ndarray, " N"], *, batch_size: int = 64
+) -> Float32[np.ndarray, "N D"]:
+    """The mean token of each row; see `mean_tokens`."""
+    means = [
+        mean_tokens(tokens, valid, features.spec).numpy()
+        for _, tokens, valid in iterate_rows(features, rows, batch_size)
+    ]
+    return np.concatenate(means)
+
+
+def random_vectors(
+    images: FeatureSet,
+    manifest: Manifest,
+    keys: tuple[str, ...],
+    *,
+    seed: int,
+    device: str = "cpu",
+) -> Float32[np.ndarray, "N D"]:
+    """What the same architecture with random weights makes of the same pictures.
+
+    Kept in `random/` beside the folder of image sets, so that it is computed once.
+
+    Args:
+        images: The set whose encoder is rebuilt.
+        manifest: Where the pictures are.
+        keys: Which pictures, in the order of the result.
+        seed: Of the random weights.
+        device: Where the encoder runs.
+
+    Raises:
+        FeatcacheError: The encoder cannot be rebuilt here, or a picture cannot be read any more.
+    """
+    mark = hash_keys([images.fingerprint, str(seed), *keys])
+    name = f"{images.spec.encoder.replace('/', '-')}-seed{seed}-{mark[:12]}.safetensors"
+    path = images.folder.parent.parent / "random" / name
+    kept = _read_kept(path, len(keys))
+    if kept is not None:
+        return kept
+    encoder = _rebuild(images.spec, seed, device)
+    row_of = {key: row for row, key in enumerate(manifest.keys)}
+    paths = [manifest.image_file(row_of[key]) for key in keys]
+    vectors = _encode(encoder, paths, images.spec, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, save({"vectors": vectors}))
+    return vectors
+
+
+def _read_kept(path: Path, num_rows: int) -> Float32[np.ndarray, "N D"] | None:
+    """Vectors of an earlier call; None when there are none, or they are damaged."""
+    if not path.is_file():
+        return None
+    try:
+        vectors = load_file(path).get("vectors")
+    except (SafetensorError, OSError):
+        return None
+    fits = vectors is not None and vectors.ndim == 2 and len(vectors) == num_rows
+    return vectors if fits else None
+
+
+def _rebuild(spec: FeatureSetSpec, seed: int, device: str) -> ImageEncoder:
+    """The set's encoder with random weights, checked against the set's layout."""
+    size = spec.preprocessing.get("image_size")
+    sides = [side for side in size if isinstance(side, int)] if isinstance(size, list) else []
+    image_size = (sides[0], sides[1]) if len(sides) == 2 else None
+    located = locate_encoder(spec.encoder, "image", image_size=image_size)
+    encoder = random_encoder(located, seed=seed, device=device)
+    own = encoder.spec(batch_size=spec.batch_size)
+    for name in ("preprocessing", "grid", "num_prefix_tokens", "dim"):
+        if getattr(own, name) != getattr(spec, name):
+            raise EncoderError(
+                f"the encoder `{spec.encoder}` found here differs in `{name}` from the one the "
+                "features were made with"
+            )
+    return encoder  # type: ignore[return-value]
+
+
+@torch.inference_mode()
+def _encode(
+    encoder: ImageEncoder, paths: list[Path], spec: FeatureSetSpec, device: str
+) -> Float32[np.ndarray, "N D"]:
+    """Mean patch tokens of pictures; the next batch is decoded while one is encoded."""
+    size = min(spec.batch_size, 32)
+    read = partial(decode_image, preprocessing=encoder.preprocessing)
+    means = []
+    with (
+        ThreadPoolExecutor(max_workers=4) as pool,
+        task(f"random {spec.encoder}", len(paths)) as progress,
+    ):
+        ahead = pool.map(read, paths[:size])
+        for start in range(0, len(paths), size):
+            greys = torch.from_numpy(np.stack(list(ahead)))
+            ahead = pool.map(read, paths[start + size : start + 2 * size])
+            encoded = encoder(to_input(greys.to(device), encoder.preprocessing))
+            means.append(mean_tokens(encoded.tokens, None, spec).cpu().numpy())
+            progress.update(start + len(greys))
+    return np.concatenate(means)

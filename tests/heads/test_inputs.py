@@ -1,0 +1,60 @@
+"""What a head reads, and what it says about it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featcache.adaptor.saved import load_adaptor
+from featcache.config import write_json
+from featcache.errors import WorkspaceError
+from featcache.heads.inputs import adaptor_notes, feature_folder, results_folder, source_facts
+from featcache.workspace import Workspace
+
+
+def test_adaptor_trained_on_the_same_manifest_needs_no_warning(toy, make_run, tmp_path):
+    run = make_run(tmp_path / "run", toy)
+    trained = load_adaptor(run)
+    assert "not recorded" in " ".join(adaptor_notes(trained, toy.manifest))
+    inputs = {"manifest": "0" * 32}
+    write_json(run / "run.json", {"identity": {"inputs": inputs}})
+    assert "another manifest than this one" in " ".join(adaptor_notes(trained, toy.manifest))
+    inputs["manifest"] = toy.manifest.meta.hash
+    write_json(run / "run.json", {"identity": {"inputs": inputs}})
+    assert adaptor_notes(trained, toy.manifest) == ["Adaptor: run `run`, objective allpairs."]
+
+
+def test_facts_hold_no_path(toy, make_run, tmp_path):
+    trained = load_adaptor(make_run(tmp_path / "run", toy))
+    facts = source_facts(toy.manifest, trained, images=toy.images)
+    assert facts["dataset"] == "toy (synthetic stand-in)"
+    assert facts["features"]["images"]["fingerprint"] == toy.images.fingerprint
+    assert str(tmp_path) not in str(facts)
+    assert str(toy.root) not in str(facts)
+
+
+def test_set_that_the_adaptor_reads_is_preferred_to_the_current_one(write_set, make_toy, tmp_path):
+    own = make_toy(tmp_path)
+    spec = own.images.spec.model_copy(update={"encoder": "other"})
+    tokens = list(own.images.read_tokens(np.arange(3)))
+    write_set(tmp_path / "features" / "image" / "other", spec, own.images.keys[:3], tokens)
+    workspace = Workspace(tmp_path)
+    workspace.use(image="other")
+    assert feature_folder(workspace, "image", None, own.images.fingerprint).name == "toy"
+    assert feature_folder(workspace, "image", None, None).name == "other"
+    assert feature_folder(workspace, "image", "other", own.images.fingerprint).name == "other"
+    assert feature_folder(workspace, "image", None, "f" * 32).name == "other"
+
+
+def test_nothing_current_is_said(tmp_path):
+    with pytest.raises(WorkspaceError, match="no image feature set is current"):
+        feature_folder(Workspace(tmp_path), "image", None, None)
+
+
+def test_results_of_a_foreign_run_stay_out_of_its_folder(tmp_path):
+    workspace = Workspace(tmp_path / "mine")
+    own = workspace.runs / "first"
+    assert results_folder(workspace, own) == own
+    foreign = Path("elsewhere") / "runs" / "second"
+    assert results_folder(workspace, foreign) == workspace.root / "results" / "second"
+    assert results_folder(workspace, None) == workspace.root / "results" / "no-adaptor"

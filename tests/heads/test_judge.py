@@ -1,0 +1,82 @@
+"""Answers held against the test labels."""
+
+import numpy as np
+import pytest
+
+from featcache.heads.answers import Answers
+from featcache.heads.judge import Judge
+from featcache.heads.scores import METRICS
+
+
+def judge_of(targets, subjects=None, *, classes=("a", "b", "c"), draws=200) -> Judge:
+    targets = np.asarray(targets, dtype=np.int64)
+    subjects = subjects or [f"p{i}" for i in range(len(targets))]
+    return Judge(targets, subjects, classes, draws, seed=0)
+
+
+def noisy(targets, runs=3, seed=0, weight=1.0):
+    generator = np.random.default_rng(seed)
+    scores = generator.random((runs, len(targets), 3)) + weight * np.eye(3)[targets]
+    return scores / scores.sum(axis=2, keepdims=True)
+
+
+def test_mean_and_spread_are_over_the_runs():
+    targets = np.arange(30) % 3
+    judged = judge_of(targets).judge(Answers(noisy(targets)))
+    assert len(judged.figures["accuracy"].values) == 3
+    for name in METRICS:
+        figure = judged.figures[name]
+        assert figure.interval.low <= figure.mean <= figure.interval.high
+
+
+def test_difference_of_a_method_with_itself_is_zero_with_a_zero_interval():
+    targets = np.arange(30) % 3
+    judge = judge_of(targets)
+    judged = judge.judge(Answers(noisy(targets)))
+    gap = judge.difference(judged, judged).figures["auroc"]
+    assert (gap.mean, gap.sd, gap.interval.low, gap.interval.high) == (0, 0, 0, 0)
+
+
+def test_paired_interval_is_narrower_than_that_of_independent_draws():
+    targets = np.arange(150) % 3
+    judge = judge_of(targets, draws=500)
+    first = judge.judge(Answers(noisy(targets, seed=0, weight=0.7)))
+    second = judge.judge(Answers(np.sqrt(noisy(targets, seed=0, weight=0.7)) + 0.02))
+    paired = judge.difference(first, second).figures["auroc"].interval
+    single = first.figures["auroc"].interval
+    assert paired.high - paired.low < 0.5 * (single.high - single.low)
+
+
+def test_absent_class_is_named_and_left_out_of_the_macro_mean():
+    targets = np.array([0, 1] * 6)
+    judge = judge_of(targets)
+    assert judge.undefined_classes() == {"c": 0}
+    judged = judge.judge(Answers(np.eye(3)[targets][None] * 0.9 + 1 / 30))
+    assert judged.figures["auroc"].mean == 1.0
+    assert judged.details["class_auroc"] == {"a": 1.0, "b": 1.0, "c": None}
+    assert judged.details["confusion"][0] == [6.0, 0.0, 0.0]
+
+
+def test_class_of_one_patient_gets_no_interval():
+    targets = np.array([0] * 10 + [1] * 10 + [2] * 2)
+    subjects = [f"p{i}" for i in range(20)] + ["last", "last"]
+    judge = judge_of(targets, subjects)
+    assert judge.rare_classes() == ["c"]
+    figures = judge.judge(Answers(noisy(targets))).figures
+    assert figures["accuracy"].interval is not None
+    assert figures["auroc"].interval is None
+    assert np.isfinite(figures["auroc"].mean)
+
+
+def test_draws_without_a_rare_class_are_counted():
+    targets = np.array([0] * 29 + [1] * 28 + [2] * 3)
+    figure = judge_of(targets, draws=1000).judge(Answers(noisy(targets))).figures["auroc"]
+    assert figure.interval.undefined == pytest.approx(1000 * np.exp(-3), rel=0.35)
+
+
+def test_single_class_has_no_auroc_and_says_so():
+    targets = np.zeros(8, dtype=np.int64)
+    judged = judge_of(targets).judge(Answers(noisy(targets)))
+    assert np.isnan(judged.figures["auroc"].mean)
+    assert judged.figures["auroc"].interval is None
+    assert judged.figures["accuracy"].interval is not None
