@@ -38,7 +38,7 @@ lint: $(VENV)/.dev  ## ruff, mypy and the import rules
 	@$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy && $(RUN) lint-imports
 
 docs: $(VENV)/.dev  ## write docs/cli.md anew from the program
-	@$(RUN) python -m featcache.cli docs > docs/cli.md
+	@$(RUN) typer featcache.cli utils docs --name featcache --output docs/cli.md
 
 finetune-covidx: $(VENV)/.demo  ## linear probes on COVIDx: COVIDX=/path, else a synthetic stand-in
 	@$(RUN) COVIDX="$(COVIDX)" sh pipelines/finetune-covidx.sh

@@ -15,7 +15,7 @@ _PUBLIC = {
     "extract": "featcache.extract",
     "TokenLoader": "featcache.loader.gather",
     "train_adaptor": "featcache.adaptor.train",
-    "load_adaptor": "featcache.adaptor.model",
+    "load_adaptor": "featcache.adaptor.saved",
     "finetune": "featcache.heads.classify",
     "retrieve": "featcache.heads.retrieve",
 }

@@ -1,4 +1,4 @@
-"""The embedded radiographs: real pictures of children, with texts that we compose from their labels.
+"""The embedded radiographs: real pictures of children, with texts composed from their labels.
 
 The publication holds three classes and no reports. Each picture gets one text, drawn from several
 phrasings by a hash of its key, so that a text encoder has something to read. These texts carry the

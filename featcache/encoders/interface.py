@@ -291,10 +291,10 @@ def locate_encoder(
         from featcache.encoders.text import locate_text  # noqa: PLC0415  seconds to import
 
         located = locate_text(name, config, weights=weights, max_tokens=max_tokens)
-    return replace(located, name=_short_name(name))
+    return replace(located, name=short_name(name))
 
 
-def _short_name(name: str) -> str:
+def short_name(name: str) -> str:
     """A name that can be a folder's: the last part of a path, `--` for a hub id's slash."""
     path = Path(name)
     if name.startswith(("timm:", "hf:")):

@@ -17,6 +17,7 @@ from featcache.encoders.interface import (
     Modality,
     locate_encoder,
     resolve_encoder,
+    short_name,
 )
 from featcache.errors import UsageError, WeightsError, WorkspaceError
 from featcache.workspace import Workspace
@@ -127,7 +128,7 @@ def choose_request(
             else None
         )
     resolve_encoder(name, modality)
-    earlier = workspace.folder(modality) / name / REQUEST_FILE
+    earlier = workspace.folder(modality) / short_name(name) / REQUEST_FILE
     if earlier.is_file():
         return read_request(earlier.parent)
     return EncoderRequest(modality=modality, name=name)

@@ -83,7 +83,7 @@ def _container_memory() -> int:
 def choose_io(
     sets: Sequence[FeatureSet], io: Literal["auto", "mmap", "pread"]
 ) -> Literal["mmap", "pread"]:
-    """Decide how tokens are read, and log what was decided.
+    """Decide how tokens are read, and log it; aloud only where it is not the fast way.
 
     Args:
         sets: All sets that are read together.
@@ -95,7 +95,8 @@ def choose_io(
     wanted = sum(int(np.prod(place.shape)) * place.dtype.itemsize for place in places)
     available = available_memory()
     fits = wanted <= FITS_SHARE * available
-    _log.info(
+    _log.log(
+        logging.DEBUG if fits else logging.INFO,
         "tokens of %s: %s, available memory: %s; %s",
         " and ".join(features.spec.title for features in sets),
         size(wanted),

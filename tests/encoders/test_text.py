@@ -67,6 +67,22 @@ class TestSmallBert(TextEncoderContract):
         assert encoder.tokenize([]) == ([], [])
 
 
+@pytest.mark.parametrize("pooled", ["mean", "normalized_mean"])
+def test_a_mean_is_over_real_tokens_only(folders, pooled):
+    path = folders["bert"].parent / f"{pooled}.yaml"
+    path.write_text(
+        "kind: encoder\nmodality: text\nlibrary: transformers\nsource: folder:bert\n"
+        f"pooled: {pooled}\n"
+    )
+    encoder = load(path)
+    ids, valid = encoder.pad_batch(encoder.tokenize(TEXTS).ids)
+    tokens, vectors = encoder(ids, valid)
+    wanted = torch.stack([row[real].mean(0) for row, real in zip(tokens, valid, strict=True)])
+    if pooled == "normalized_mean":
+        wanted = torch.nn.functional.normalize(wanted, dim=-1)
+    assert torch.allclose(vectors, wanted, atol=1e-6)
+
+
 def test_padding_goes_to_multiples_but_not_beyond_the_positions():
     ids, valid = pad_batch([[1] * 33, [1] * 5], 7, multiple=32, limit=40)
     assert ids.shape == (2, 40)

@@ -107,6 +107,21 @@ def test_a_hub_that_accepts_but_never_answers_is_given_up(monkeypatch):
         assert time.monotonic() - started < 2
 
 
+def test_a_name_server_that_never_answers_is_given_up(monkeypatch):
+    release = threading.Event()
+
+    def resolve(*_args, **_options):
+        release.wait(10)
+        raise OSError
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    started = time.monotonic()
+    assert not hub_answers(0.2)
+    assert time.monotonic() - started < 2
+    release.set()
+
+
 def test_a_proxy_is_asked_instead_of_the_hub(hub, monkeypatch):
     proxy = constants.ENDPOINT
     monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")

@@ -240,7 +240,7 @@ def test_more_shards_than_file_descriptors(many_shards, io):
 def log(caplog):
     logger = logging.getLogger("featcache.loader")
     logger.addHandler(caplog.handler)
-    caplog.set_level(logging.INFO, logger="featcache.loader")
+    caplog.set_level(logging.DEBUG, logger="featcache.loader")
     yield caplog
     logger.removeHandler(caplog.handler)
 

@@ -1,0 +1,380 @@
+"""The command line: each command parses, calls one function, and prints what it gave."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import Abort, Exit, TyperException
+
+from featcache.errors import FeatcacheError
+
+app = typer.Typer(
+    name="featcache",
+    help="Cache the tokens of frozen encoders once, then train small adaptors at memory speed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,
+)
+
+Root = Annotated[
+    Path | None,
+    typer.Option(help="Workspace folder; else FEATCACHE_ROOT, else featcache-data.", metavar="DIR"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No notes, no progress.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting of this command.", metavar="KEY=VALUE")
+]
+ConfigFile = Annotated[Path | None, typer.Option(help="A YAML file of settings.", metavar="FILE")]
+ManifestName = Annotated[
+    str | None, typer.Option(help="Manifest by name or folder; else the current one.")
+]
+RunName = Annotated[
+    str | None,
+    typer.Option(help="Run by name or folder, or another workspace; else the current run."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Backbone = Annotated[
+    str | None, typer.Option(help="Image encoder: a short name, timm:NAME, hf:NAME or a folder.")
+]
+TextEncoder = Annotated[
+    str | None, typer.Option(help="Text encoder: a short name, hf:NAME or a folder.")
+]
+
+
+def _workspace(root: Path | None, quiet: bool) -> Any:
+    """Switch the console, then open the workspace."""
+    from featcache.console import set_quiet, set_up_logging
+    from featcache.workspace import Workspace
+
+    set_quiet(quiet)
+    set_up_logging()
+    return Workspace.open(root)
+
+
+def _emit(result: Any, as_json: bool) -> None:
+    """Print a result that knows how to show itself."""
+    from featcache.console import emit
+
+    emit(result.to_json(), as_json=as_json, text=result.to_text())
+
+
+@app.command()
+def demo(
+    unless_trained: Annotated[
+        bool, typer.Option("--unless-trained", help="Do nothing if the workspace has a run.")
+    ] = False,
+    root: Root = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the whole pipeline on the embedded radiographs, then say where to look."""
+    workspace = _workspace(root, quiet)
+    from featcache.demo import run_demo
+
+    _emit(run_demo(workspace, unless_trained=unless_trained), as_json)
+
+
+@app.command()
+def manifest(
+    dataset: Annotated[str, typer.Argument(help="Data set, e.g. spreadsheet or mimic-cxr-jpg.")],
+    folder: Annotated[
+        str, typer.Argument(help="Its folder (or table); `synthetic` makes a stand-in first.")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the manifest; else the data set.")
+    ] = None,
+    settings: Settings = None,
+    root: Root = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read a data set into a checked manifest and print what was dropped and why."""
+    workspace = _workspace(root, quiet)
+    from featcache.datasets.registry import make_manifest
+    from featcache.synth.registry import stand_in
+
+    path = stand_in(workspace, dataset) if folder == "synthetic" else Path(folder)
+    _emit(make_manifest(workspace, dataset, path, name=name, overrides=settings or ()), as_json)
+
+
+@app.command()
+def synth(
+    dataset: Annotated[str, typer.Argument(help="Data set to imitate.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.", metavar="DIR")],
+    size: Annotated[str, typer.Option(help="tiny, small or large.")] = "tiny",
+    seed: Annotated[int, typer.Option(help="Seed of the generator.")] = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a procedural data set in a real one's exact layout, with its truth beside it."""
+    _workspace(None, quiet)
+    from featcache.synth.registry import synthesize
+
+    _emit(synthesize(dataset, out, size=size, seed=seed), as_json)
+
+
+@app.command()
+def extract(
+    backbone: Backbone = None,
+    text_encoder: TextEncoder = None,
+    manifest: ManifestName = None,
+    run: Annotated[
+        str | None, typer.Option(help="Take the encoders of this run (or of a workspace's run).")
+    ] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help="FILE or NAME=FILE, safetensors.", metavar="FILE")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16 or float32.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Input size in pixels.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest text in tokens.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes on this machine.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Make shards with failed rows again.")
+    ] = False,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    root: Root = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan only.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Stage one: run the frozen encoders once and write their tokens to shards."""
+    workspace = _workspace(root, quiet)
+    from featcache.config import load_config
+    from featcache.encoders.request import split_weights
+    from featcache.extract import ExtractConfig, extract
+
+    typed = {
+        "dtype": dtype,
+        "image_size": image_size,
+        "max_tokens": max_tokens,
+        "workers": workers,
+        "scheduler": scheduler,
+        "device": device,
+        "retry_failed": retry_failed or None,
+        "dry_run": dry_run or None,
+    }
+    overrides = [f"{key}={value}" for key, value in typed.items() if value is not None]
+    result = extract(
+        workspace,
+        load_config(ExtractConfig, path=config, overrides=[*overrides, *(settings or ())]),
+        backbone=backbone,
+        text_encoder=text_encoder,
+        manifest=manifest,
+        run=run,
+        weights=split_weights(weights or []),
+    )
+    _emit(result, as_json)
+
+
+@app.command()
+def info(
+    name: Annotated[
+        str | None, typer.Argument(help="Feature set: image/NAME, text/NAME or a folder.")
+    ] = None,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a workspace, or one feature set, holds."""
+    workspace = _workspace(root, quiet=False)
+    from featcache.cache.check import describe
+
+    _emit(describe(workspace, name), as_json)
+
+
+@app.command()
+def verify(
+    name: Annotated[
+        str | None, typer.Argument(help="Feature set: image/NAME, text/NAME or a folder.")
+    ] = None,
+    root: Root = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check every row against the checksum written with it."""
+    workspace = _workspace(root, quiet)
+    from featcache.cache.check import verify
+
+    report = verify(workspace, name)
+    _emit(report, as_json)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def use(
+    manifest: Annotated[str | None, typer.Option(help="Manifest to make current.")] = None,
+    image: Annotated[str | None, typer.Option(help="Image feature set to make current.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text feature set to make current.")] = None,
+    run: Annotated[str | None, typer.Option(help="Run to make current.")] = None,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show or change what is current."""
+    workspace = _workspace(root, quiet=False)
+    from featcache.console import emit
+
+    asked = {"manifest": manifest, "image": image, "text": text, "run": run}
+    chosen = {kind: name for kind, name in asked.items() if name is not None}
+    if chosen:
+        workspace.use(**chosen)
+    current = {kind: workspace.current(kind) for kind in asked}
+    lines = [f"{kind:9s} {name or '-'}" for kind, name in current.items()]
+    emit(current, as_json=as_json, text="\n".join([f"current in {workspace.root}", *lines]))
+
+
+@app.command(name="train-adaptor")
+def train_adaptor(
+    backbone: Annotated[
+        str | None, typer.Option(help="Image feature set; else the current.")
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Text feature set; else the current.")
+    ] = None,
+    manifest: ManifestName = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; else from its parts.")] = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    root: Root = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Stage two: train the Adaptor on cached tokens."""
+    workspace = _workspace(root, quiet)
+    from featcache.adaptor.train import load_run_config, train
+
+    overrides = [*(settings or ()), *([f"seed={seed}"] if seed is not None else [])]
+    result = train(
+        workspace,
+        load_run_config(config, overrides),
+        backbone=backbone,
+        text_encoder=text_encoder,
+        manifest=manifest,
+        name=name,
+        device=device,
+    )
+    _emit(result, as_json)
+
+
+@app.command()
+def finetune(
+    run: RunName = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Image feature set; else the current.")
+    ] = None,
+    manifest: ManifestName = None,
+    again: Annotated[bool, typer.Option("--again", help="Read the test split once more.")] = False,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    root: Root = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Linear probes on cached features at 1, 10 and 100 % of the labels."""
+    workspace = _workspace(root, quiet)
+    from featcache.config import load_config
+    from featcache.heads.classify import ProbeConfig, finetune_workspace
+
+    overrides = [*(settings or ()), *([f"seed={seed}"] if seed is not None else [])]
+    result = finetune_workspace(
+        workspace,
+        load_config(ProbeConfig, path=config, overrides=overrides),
+        run=run,
+        backbone=backbone,
+        manifest=manifest,
+        device=device,
+        again=again,
+    )
+    _emit(result, as_json)
+
+
+@app.command()
+def retrieve(
+    run: RunName = None,
+    manifest: ManifestName = None,
+    again: Annotated[bool, typer.Option("--again", help="Read the test split once more.")] = False,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    root: Root = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Image to text and text to image on held-out patients."""
+    workspace = _workspace(root, quiet)
+    from featcache.config import load_config
+    from featcache.heads.retrieve import RetrieveConfig, retrieve_workspace
+
+    result = retrieve_workspace(
+        workspace,
+        load_config(RetrieveConfig, path=config, overrides=settings or ()),
+        run=run,
+        manifest=manifest,
+        device=device,
+        again=again,
+    )
+    _emit(result, as_json)
+
+
+def _complain(error: Exception, code: int) -> int:
+    """Print an error's lines on stderr."""
+    encoding = sys.stderr.encoding or "ascii"
+    text = f"error: {error}\n"
+    sys.stderr.write(text.encode(encoding, "replace").decode(encoding))
+    return code
+
+
+def _parse_error(error: TyperException) -> FeatcacheError:
+    """A parser's complaint in the shape of ours."""
+    from featcache.errors import UsageError
+
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "featcache"
+    message = error.format_message().strip()
+    return UsageError(message[:1].lower() + message[1:], where=command, fix=f"{command} --help")
+
+
+def _guarded(run: Callable[[], object]) -> int:
+    """Run a command; every failure of the user's becomes lines and an exit code."""
+    try:
+        code = run()
+    except FeatcacheError as error:
+        return _complain(error, error.exit_code)
+    except Exit as stop:
+        return int(stop.exit_code)
+    except TyperException as error:
+        return _complain(_parse_error(error), 2)
+    except (Abort, KeyboardInterrupt):
+        sys.stderr.write(
+            "stopped; what was complete is kept, the same command goes on from there\n"
+        )
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the `featcache` program.
+
+    Args:
+        arguments: What follows the program's name; by default the process's own.
+
+    Returns:
+        0, or 1 for a failure, 2 for a wrong command or config, 130 after Ctrl-C.
+    """
+    return _guarded(lambda: app(args=arguments, prog_name="featcache", standalone_mode=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
