@@ -103,21 +103,6 @@ def make_shard(job: ShardJob, on_rows: Callable[[int], None] = _report_rows) -> 
     return stats
 
 
-def resolve_device(device: str) -> str:
-    """`auto` to what there is.
-
-    Raises:
-        UsageError: A CUDA device is asked for and there is none, or the name is unknown.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"unknown device `{device}`", where="--device", fix="auto, cpu or cuda")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("no CUDA device is visible here", where="--device", fix="--device cpu")
-    return device
-
-
 def local_workers(device: str, workers: int | None, threads: int | None) -> list[dict[str, str]]:
     """The environment of each local worker: one per visible GPU, each seeing only its own.
 

@@ -14,12 +14,12 @@ from featcache.cluster import (
     ShardJob,
     connect,
     local_workers,
-    resolve_device,
     run_jobs,
     worker_threads,
 )
 from featcache.config import Config
 from featcache.console import duration, note, size, task
+from featcache.device import resolve_device
 from featcache.encoders.interface import LocatedEncoder, load_encoder
 from featcache.encoders.request import (
     EncoderRequest,
@@ -60,6 +60,7 @@ class SetResult:
     """What happened to one feature set."""
 
     name: str
+    dataset: str
     folder: Path
     rows: int
     shards: int
@@ -74,6 +75,7 @@ class SetResult:
         """Plain values."""
         return {
             "name": self.name,
+            "dataset": self.dataset,
             "folder": str(self.folder),
             "rows": self.rows,
             "rows_made": self.missing_rows,
@@ -86,7 +88,9 @@ class SetResult:
 
     def to_text(self, dry_run: bool) -> str:
         """One or two lines for a person."""
-        line = f"{self.name}: {self.rows:,} rows in {_count(self.shards, 'shard')}"
+        line = (
+            f"{self.name} of {self.dataset}: {self.rows:,} rows in {_count(self.shards, 'shard')}"
+        )
         if dry_run:
             return f"{line}, {self.shards - self.missing_shards} complete already"
         if not self.missing_shards:
@@ -179,7 +183,7 @@ def extract(
         InterruptedByUserError: Ctrl-C; complete shards stay.
     """
     tables = open_manifest(workspace.manifest(manifest))
-    note(f"manifest {tables.name}: {tables.images.num_rows:,} images in {workspace.root}")
+    note(f"manifest {tables.title}: {tables.images.num_rows:,} images in {workspace.root}")
     requests = _requests(workspace, config, (backbone, text_encoder), run, tables)
     requests = assign_weights(requests, weights or {})
     device = resolve_device(config.device)
@@ -187,7 +191,7 @@ def extract(
         _prepare(workspace, tables, request, located, config)
         for request, located in zip(requests, locate_all(requests), strict=True)
     ]
-    results = [_planned(one) for one in prepared]
+    results = [_planned(one, tables) for one in prepared]
     if not config.dry_run:
         _make(prepared, results, tables, config, device)
         workspace.use(**{one.spec.modality: one.writer.folder.name for one in prepared})
@@ -272,11 +276,12 @@ def _file_hash(key: str, file: Path) -> str:
     return row_hash(key, str(file), stat.st_size, stat.st_mtime_ns)
 
 
-def _planned(one: _Prepared) -> SetResult:
+def _planned(one: _Prepared, tables: Manifest) -> SetResult:
     """A set's result before anything is made."""
     shards = one.writer.shards
     return SetResult(
         name=one.spec.title,
+        dataset=tables.title,
         folder=one.writer.folder,
         rows=sum(shard.num_rows for shard in shards),
         shards=len(shards),
@@ -354,8 +359,8 @@ def _announce(result: SetResult, one: _Prepared) -> None:
     """The first line of a long job: what, how much, from where on."""
     stored = f", {size(result.rows * result.row_bytes)}" if result.row_bytes else ""
     line = (
-        f"extract {result.name}  {result.rows:,} rows -> {_count(result.shards, 'shard')}{stored}, "
-        f"{one.spec.dtype}"
+        f"extract {result.name} of {result.dataset}  {result.rows:,} rows -> "
+        f"{_count(result.shards, 'shard')}{stored}, {one.spec.dtype}"
     )
     kept = result.shards - result.missing_shards
     note(line + (f"   {kept} complete already, going on" if kept else ""))

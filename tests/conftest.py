@@ -4,3 +4,7 @@ import os
 
 # Two test processes on two cores: busy-waiting threads of one would slow the other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from conftest_extract import copied, extracted
+
+__all__ = ["copied", "extracted"]

@@ -69,8 +69,8 @@ class RunConfig(Config):
         description="Of the arithmetic; auto = bf16-mixed on CUDA, 32-true on a CPU.",
     )
     logger: Literal["none", "csv"] = Field(
-        default="none",
-        description="csv: also Lightning's metrics.csv; metrics.jsonl is always written.",
+        default="csv",
+        description="Lightning logger beside metrics.jsonl, which is always written.",
     )
     threads: int = Field(default=2, ge=1, le=256, description="Threads that read tokens.")
     buffer_mb: int = Field(

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -14,7 +13,8 @@ from featcache import __version__
 from featcache.adaptor.model import Adaptor, AdaptorConfig, count_parameters
 from featcache.adaptor.objectives import Objective, build_objective
 from featcache.config import Config, file_sha256, read_json, replace_file, validate, write_json
-from featcache.errors import CacheError, ConfigError, TrainingError, UsageError
+from featcache.device import resolve_device
+from featcache.errors import CacheError, ConfigError, TrainingError
 
 WEIGHTS = "adaptor.safetensors"
 FACTS = "adaptor.json"
@@ -77,27 +77,6 @@ class TrainedAdaptor:
     def notes(self) -> list[str]:
         """Sentences that every table about it must carry."""
         return self.facts.notes
-
-
-def resolve_device(device: str) -> str:
-    """`auto` becomes `cuda` where there is one, else `cpu`; other names are checked.
-
-    Raises:
-        UsageError: This machine has no such device.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = device.partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    is_number = number.isdecimal() if ":" in device else True
-    if kind not in ("cpu", "cuda") or not is_number or int(number or 0) >= count:
-        raise UsageError(
-            f"there is no device `{device}` here, only cpu and {torch.cuda.device_count()} CUDA "
-            "devices",
-            where="--device",
-            fix="--device auto",
-        )
-    return device
 
 
 def build_adaptor(

@@ -33,9 +33,10 @@ from featcache.adaptor.run import (
     start_folder,
     write_facts,
 )
-from featcache.adaptor.saved import FeaturesRead, build_adaptor, resolve_device, save_adaptor
+from featcache.adaptor.saved import FeaturesRead, build_adaptor, save_adaptor
 from featcache.cache.reader import Cache, FeatureSet, open_cache
 from featcache.console import Progress, duration, note, task
+from featcache.device import resolve_device
 from featcache.errors import CacheError, InterruptedByUserError, TrainingError, UsageError
 from featcache.loader.gather import Batch, TokenLoader
 from featcache.manifest.table import Manifest, open_manifest
@@ -426,7 +427,7 @@ def train(
     table = open_manifest(workspace.manifest(manifest or config.manifest))
     images = FeatureSet.open(workspace.feature_set("image", backbone or config.images))
     texts = FeatureSet.open(workspace.feature_set("text", text_encoder or config.texts))
-    note(f"manifest {table.name}, {images.spec.title}, {texts.spec.title}")
+    note(f"manifest {table.title}, {images.spec.title}, {texts.spec.title}")
     names = {"images": images.folder.name, "texts": texts.folder.name, "manifest": table.name}
     config = config.model_copy(update=names)
     if name is None:

@@ -63,7 +63,7 @@ class FeatureSet:
         self._forget_maps()
 
     @classmethod
-    def open(cls, folder: Path, *, allow_partial: bool = False) -> "FeatureSet":
+    def open(cls, folder: Path | str, *, allow_partial: bool = False) -> "FeatureSet":
         """Open a set by the headers of its shards.
 
         Args:
@@ -75,6 +75,7 @@ class FeatureSet:
             CacheError: It is no feature set, or shards are missing.
             ShardError: A shard is damaged, or is not the planned one.
         """
+        folder = Path(folder)
         spec = read_spec(folder)
         shards, missing = [], 0
         for plan in read_plan(folder).shards:

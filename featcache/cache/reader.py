@@ -45,8 +45,8 @@ class Cache:
 
 
 def open_cache(
-    images: FeatureSet | Path,
-    texts: FeatureSet | Path,
+    images: FeatureSet | Path | str,
+    texts: FeatureSet | Path | str,
     manifest: Manifest,
     *,
     split: str | None = None,

@@ -90,7 +90,9 @@ def run_request(workspace: Workspace, run: str, modality: Modality) -> EncoderRe
     """
     folder = workspace.run(run)
     name = str(read_yaml(folder / "config.yaml")[f"{modality}s"])
-    made = Workspace(folder.parent.parent).folder(modality) / name
+    made = Workspace(folder.parent.parent).folder(modality) / name  # moves with its workspace
+    if not made.is_dir():
+        made = Path(read_json(folder / "run.json")[f"{modality}s"]["folder"])
     if not (made / REQUEST_FILE).is_file():
         raise WorkspaceError(
             f"the {modality} feature set `{name}` that this run was trained on is gone",

@@ -10,10 +10,11 @@ from jaxtyping import Float32
 from pydantic import Field, JsonValue, PositiveFloat, PositiveInt
 
 from featcache import __version__
-from featcache.adaptor.saved import TrainedAdaptor, load_adaptor, resolve_device
+from featcache.adaptor.saved import TrainedAdaptor, load_adaptor
 from featcache.cache.reader import FeatureSet
 from featcache.config import Config, to_plain
 from featcache.console import note
+from featcache.device import resolve_device
 from featcache.errors import FeatcacheError, ManifestError
 from featcache.heads import inputs, protocol, scores, vectors
 from featcache.heads.answers import (
@@ -250,7 +251,7 @@ class _Study:
         setting = {"labels": f"{subsets[0].percent:g} %", "images": span}
         common = {"percent": subsets[0].percent, "subsets": len(subsets)}
         judged: dict[str, Judgement] = {}
-        name = inputs.dataset_name(self.manifest)
+        name = self.manifest.title
         for method, given in answers.items():
             if len(given.probabilities) == 0:
                 yield Row(name, method, setting, details=dict(common), remark=given.remark)
@@ -353,5 +354,5 @@ def finetune_workspace(
     images = FeatureSet.open(inputs.feature_folder(workspace, "image", backbone, reads))
     name = f"{table.name}-{config.label}-{images.folder.name}"
     out = inputs.results_folder(workspace, folder) / "finetune" / name
-    note(f"finetune: {images.spec.title}, run {folder.name if folder else '-'}, {table.name}")
+    note(f"finetune: {images.spec.title}, run {folder.name if folder else '-'}, {table.title}")
     return finetune(images, table, folder, out, config, device=device, again=again)

@@ -36,11 +36,6 @@ def refuse_foreign(features: FeatureSet, trained_on: str, run: Path) -> None:
         )
 
 
-def dataset_name(manifest: Manifest) -> str:
-    """A data set's name as each line of a table shows it."""
-    return manifest.name + (" (synthetic stand-in)" if manifest.meta.synthetic else "")
-
-
 def source_facts(
     manifest: Manifest, trained: TrainedAdaptor | None, **features: FeatureSet
 ) -> dict[str, JsonValue]:
@@ -52,7 +47,7 @@ def source_facts(
         features: Feature sets by the name they get in the result.
     """
     return {
-        "dataset": dataset_name(manifest),
+        "dataset": manifest.title,
         "manifest": {"name": manifest.name, "hash": manifest.meta.hash},
         "adaptor": None if trained is None else _adaptor_facts(trained),
         "features": {name: _feature_facts(one) for name, one in features.items()},

@@ -11,10 +11,11 @@ from jaxtyping import Float32, Float64, Int64
 from pydantic import Field, JsonValue, PositiveFloat, PositiveInt
 
 from featcache import __version__
-from featcache.adaptor.saved import TrainedAdaptor, load_adaptor, resolve_device
+from featcache.adaptor.saved import TrainedAdaptor, load_adaptor
 from featcache.cache.reader import Cache, FeatureSet, open_cache
 from featcache.config import Config, to_plain
 from featcache.console import note, task
+from featcache.device import resolve_device
 from featcache.errors import FeatcacheError
 from featcache.heads import inputs, protocol, vectors
 from featcache.heads.protocol import Column, Estimate, Results, Row, Table, TestGate
@@ -286,7 +287,7 @@ class _Study:
             "queries": f"{sizes[way]:,}",
             "candidates": f"{sizes[1 - way]:,}",
         }
-        name = inputs.dataset_name(self.manifest)
+        name = self.manifest.title
         sides = (candidates.image_of, candidates.text_of)
         chance = chance_figures(np.bincount(sides[way]), sizes[1 - way])
         exact = {metric: Estimate((value,)) for metric, value in chance.items()}
@@ -393,5 +394,5 @@ def retrieve_workspace(
         inputs.feature_folder(workspace, "text", None, trained.text_fingerprint)
     )
     out = inputs.results_folder(workspace, folder) / "retrieve" / f"{table.name}-{config.split}"
-    note(f"retrieve: run {folder.name}, {images.spec.title}, {texts.spec.title}, {table.name}")
+    note(f"retrieve: run {folder.name}, {images.spec.title}, {texts.spec.title}, {table.title}")
     return retrieve(images, texts, table, folder, out, config, device=device, again=again)

@@ -111,6 +111,11 @@ class Manifest:
         """Name under which it was written."""
         return self.meta.name
 
+    @property
+    def title(self) -> str:
+        """The name as lines and tables show it: what a program drew is never called by it alone."""
+        return self.name + (" (synthetic stand-in)" if self.meta.synthetic else "")
+
     @cached_property
     def keys(self) -> list[str]:
         """Key of each image, in row order."""
@@ -171,8 +176,7 @@ class Manifest:
 
     def to_text(self) -> str:
         """The funnel and the totals, for a person."""
-        kind = f"{self.meta.dataset}, synthetic" if self.meta.synthetic else self.meta.dataset
-        lines = [f"manifest {self.name} ({kind})"]
+        lines = [f"manifest {self.title}, read as {self.meta.dataset}"]
         for step in self.meta.funnel:
             lines.append(f"  {step.count:>9,}  {step.name}")
             lines += [f"  {-lost:>9,}    {why}" for why, lost in step.dropped.items() if lost]
@@ -343,13 +347,14 @@ def _column_bytes(column: pa.ChunkedArray) -> Iterator[bytes | memoryview]:
             yield memoryview(content)[bounds[0] : bounds[-1]]
 
 
-def open_manifest(folder: Path) -> Manifest:
+def open_manifest(folder: Path | str) -> Manifest:
     """Open a manifest and see that its tables are those that were checked.
 
     Raises:
         ManifestError: It is missing, damaged, of another version, or was changed by hand.
     """
     remake = "make it again: featcache manifest DATASET FOLDER"
+    folder = Path(folder)
     path = folder / "manifest.json"
     if not path.is_file():
         raise ManifestError("there is no manifest in this folder", where=folder, fix=remake)

@@ -12,11 +12,10 @@ from featcache.adaptor.saved import (
     FeaturesRead,
     build_adaptor,
     load_adaptor,
-    resolve_device,
     save_adaptor,
 )
 from featcache.config import file_sha256
-from featcache.errors import TrainingError, UsageError
+from featcache.errors import TrainingError
 
 CONFIG = AdaptorConfig(dim=16, layers=1, heads=2, feedforward=24)
 IMAGE = FeaturesRead(encoder="vit-b", fingerprint="a" * 32, dim=12)
@@ -146,11 +145,3 @@ def test_a_folder_without_an_adaptor_says_what_to_do(tmp_path, saved):
     (saved[0] / WEIGHTS).unlink()
     with pytest.raises(TrainingError, match="the Adaptor's weights are missing"):
         load_adaptor(saved[0])
-
-
-def test_a_device_that_is_not_there_is_refused():
-    assert resolve_device("cpu") == "cpu"
-    assert resolve_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("tpu", "cuda:99", "cuda:", "cuda:x"):
-        with pytest.raises(UsageError, match=f"there is no device `{name}` here"):
-            resolve_device(name)
