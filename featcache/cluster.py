@@ -164,7 +164,9 @@ def connect(scheduler: str | None, environments: Sequence[dict[str, str]]) -> It
         }
         for place, environment in enumerate(environments)
     }
-    head = {"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1"}}
+    # Port 0: any free one, so that two runs on a machine do not meet.
+    local = {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}
+    head = {"cls": Scheduler, "options": local}
     with (
         SpecCluster(workers=workers, scheduler=head, silence_logs=quiet) as cluster,
         Client(cluster) as client,

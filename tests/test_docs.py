@@ -45,7 +45,7 @@ def commands():
                         yield pytest.param(part.split(), id=f"{page.stem}: {part.strip()}")
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_a_command_on_a_page_exists_with_its_options(words):
     program = typer.main.get_command(app)
     command = program.commands[words[1]]

@@ -8,12 +8,12 @@ pytestmark = pytest.mark.weights
 
 
 def test_finetune_and_retrieve_print_tables_with_their_trivial_rows(clone):
-    done = clone.type("featcache finetune --set draws=50")
+    done = clone.type("featcache finetune --set draws=100")
     assert done.returncode == 0, done.stderr
     rows = ("majority class", "random encoder", "raw backbone", "Adaptor", "minus raw backbone")
     for row in rows:
         assert row in done.stdout
-    done = clone.type("featcache retrieve --set draws=50 --json")
+    done = clone.type("featcache retrieve --set draws=100 --json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["schema"] == 1
@@ -21,20 +21,22 @@ def test_finetune_and_retrieve_print_tables_with_their_trivial_rows(clone):
 
 
 def test_a_finished_result_is_not_touched_again(clone):
-    first = clone.type("featcache retrieve --set draws=50")
+    first = clone.type("featcache retrieve --set draws=100")
     path = next((clone.root / "runs").rglob("retrieve/*/results.json"))
     before = path.stat().st_mtime_ns
-    second = clone.type("featcache retrieve --set draws=50")
-    assert second.stdout == first.stdout
+    second = clone.type("featcache retrieve --set draws=100")
+    assert "written" in first.stdout
+    assert "found finished, left untouched" in second.stdout
+    assert second.stdout.splitlines()[:-1] == first.stdout.splitlines()[:-1]
     assert path.stat().st_mtime_ns == before
 
 
 def test_another_question_to_the_test_split_is_refused_unless_asked_again(clone):
-    assert clone.type("featcache retrieve --set draws=50").returncode == 0
-    done = clone.type("featcache retrieve --set draws=60")
+    assert clone.type("featcache retrieve --set draws=100").returncode == 0
+    done = clone.type("featcache retrieve --set draws=110")
     assert done.returncode == 1
     assert "--again" in done.stderr
-    done = clone.type("featcache retrieve --set draws=60 --again")
+    done = clone.type("featcache retrieve --set draws=110 --again")
     assert done.returncode == 0, done.stderr
     assert "before" in done.stdout
 
