@@ -155,7 +155,8 @@ def validate(
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         sentences = [_sentence(schema, item) for item in found]
-        raise ConfigError("\n  ".join(sentences), where=where) from None
+        keys = "known keys: " + ", ".join(schema.model_fields) if schema.model_fields else None
+        raise ConfigError("\n  ".join(sentences), where=where, fix=keys) from None
 
 
 def load_config(
@@ -180,7 +181,9 @@ def load_config(
     if path is not None:
         values |= read_yaml(path)
     values = apply_overrides(values, overrides)
-    return validate(schema, values, where=path if path is not None else "--set")
+    places = [str(path)] if path is not None else []
+    places += ["--set"] if overrides or not places else []
+    return validate(schema, values, where=", ".join(places))
 
 
 def shipped(folder: str) -> Path:

@@ -350,5 +350,7 @@ def _folders(workspace: Workspace, name: str | None) -> list[Path]:
     if Path(name).is_dir():
         return [Path(name)]
     raise WorkspaceError(
-        f"`{name}` is neither image/NAME, text/NAME nor a folder", where=workspace.root
+        f"`{name}` is neither image/NAME, text/NAME nor a folder",
+        where=workspace.root,
+        fix="featcache info lists what there is",
     )

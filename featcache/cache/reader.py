@@ -127,7 +127,9 @@ def _in_split(
     known = sorted(name for name in pc.unique(splits).to_pylist() if name is not None)
     if split not in known:
         raise CacheError(
-            f"the manifest has no split `{split}`; {nearest(split, known)}", where=manifest.folder
+            f"the manifest has no split `{split}`; {nearest(split, known)}",
+            where=manifest.folder,
+            fix="make the manifest again from a table whose `split` column has it",
         )
     chosen = manifest.images["key"].filter(pc.fill_null(pc.equal(splits, split), False))
     inside: Bool[np.ndarray, " M"] = pc.is_in(keys, value_set=chosen).to_numpy()
