@@ -25,7 +25,6 @@ def test_an_encoder_config_fits_its_schema(name):
 @pytest.mark.parametrize("name", list_configs("runs"))
 def test_a_run_config_fits_its_schema(name):
     from featcache.adaptor.train import load_run_config
-
     from featcache.config import find_config
 
     load_run_config(find_config("runs", name), [])

@@ -1,5 +1,6 @@
 """The pages say what the program does."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -61,6 +62,17 @@ def test_every_command_has_a_help_text_on_each_option():
         for parameter in command.params:
             if "--help" not in parameter.opts:
                 assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+def test_every_way_out_names_a_command_that_exists():
+    known = set(typer.main.get_command(app).commands)
+    for path in sorted((ROOT / "featcache").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "fix":
+                for name in re.findall(
+                    r"(?<!the )featcache ([a-z-]+) ", ast.unparse(node.value) + " "
+                ):
+                    assert name in known, f"{path.name}:{node.value.lineno} featcache {name}"
 
 
 def test_every_make_target_of_a_page_exists():

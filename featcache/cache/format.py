@@ -133,7 +133,7 @@ def read_spec(folder: Path) -> FeatureSetSpec:
         raise CacheError(
             f"the feature set has format version {version}, this featcache reads {FORMAT_VERSION}",
             where=path,
-            fix="use the featcache version that wrote it, or extract into another --root",
+            fix="install the featcache that wrote it, or extract into another --root",
         )
     stored = values.pop("fingerprint", None)
     try:

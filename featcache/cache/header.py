@@ -215,7 +215,7 @@ def _checked_text(block: bytes, where: Path) -> bytes:
         raise ShardError(
             f"the shard has format version {version}, this featcache reads {FORMAT_VERSION}",
             where=where,
-            fix="use the featcache version that wrote it, or extract into another --root",
+            fix="install the featcache that wrote it, or extract into another --root",
         )
     if not 2 <= length <= ATTRIBUTE_BYTES:
         raise ShardError(

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Float16, Float32, Int64, Num
 
 from featcache.cache.format import FLOAT16_MAX
+from featcache.cache.header import REPAIR_HINT
 from featcache.cache.reader import FeatureSet
 from featcache.errors import CacheError, ShardError, UsageError
 
@@ -76,7 +77,7 @@ class ReadShard:
                 raise ShardError(
                     f"the file ends at byte {start}, in the middle of its tokens",
                     where=self._place.path,
-                    fix="featcache verify lists all damage, featcache repair makes the shard again",
+                    fix=REPAIR_HINT,
                 )
             target, start = target[done:], start + done
 
