@@ -84,7 +84,7 @@ def test_the_gradient_is_clipped_after_it_was_logged(run):
 
 def test_a_run_leaves_exactly_these_files(run):
     result = run()
-    names = {"config.yaml", "run.json", "metrics.jsonl"}
+    names = {"config.yaml", "run.json", "metrics.jsonl", "csv/metrics.csv"}
     assert files(result.folder) == names | {"adaptor/adaptor.json", "adaptor/adaptor.safetensors"}
 
 
@@ -278,8 +278,12 @@ def test_lightning_keeps_quiet(run, capsys, caplog):
     assert caplog.records == []
 
 
-def test_lightnings_own_csv_is_written_when_asked_for(run):
-    folder = run(logger="csv").folder
+def test_the_logger_can_be_switched_off(run):
+    assert not (run(logger="none").folder / "csv").exists()
+
+
+def test_lightnings_own_csv_is_written(run):
+    folder = run().folder
     rows = (folder / "csv" / "metrics.csv").read_text().splitlines()
     assert {"loss", "grad_norm", "logit_scale", "lr", "step"} == set(rows[0].split(","))
     assert len(rows) == 1 + 15
