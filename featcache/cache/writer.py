@@ -439,5 +439,5 @@ def _explained(path: Path, size_bytes: int) -> Iterator[None]:
                 where=path,
                 fix="free some space and run the same command again: complete shards are kept",
             ) from None
-        reason = error.strerror or "libhdf5 refused"
+        reason = error.strerror or f"libhdf5 refused: {error}"
         raise CacheError(f"the shard cannot be written: {reason}", where=path) from None

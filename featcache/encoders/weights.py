@@ -7,6 +7,7 @@ import http.client
 import importlib.util
 import pickle
 import ssl
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -39,6 +40,20 @@ DEMO = (
     "--text-encoder minilm-demo"
 )
 _PICKLED = (".bin", ".pth", ".pt")
+# What torch's reader raises on bytes that are no pickle: it pops from empty stacks, looks up names.
+_UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 def ways_to_get(name: str) -> str:
@@ -308,7 +323,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError:
         what = "the file holds more than tensors; it is not opened, since it could run code"
         raise WeightsError(what, where=path, fix=fix) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError):
+    except (SafetensorError, *_UNREADABLE):
         what = "the file of weights is damaged, or is no such file"
         raise WeightsError(what, where=path, fix="download or copy it again") from None
     for name in ("state_dict", "model"):

@@ -1,5 +1,7 @@
 import io
 import json
+import sys
+import threading
 
 import h5py
 import numpy as np
@@ -73,3 +75,23 @@ def test_child_answers_for_each_path(path, tmp_path, monkeypatch, capsys):
     assert answers[0]["problem"] is None
     assert "only 4 bytes" in answers[1]["problem"]
     assert "missing" in answers[2]["problem"]
+
+
+def test_a_profiler_that_holds_frames_does_not_keep_the_file_open(tmp_path):
+    """Dask samples the frames of its workers' threads, and with them our open arrays."""
+    stop, held = threading.Event(), []
+    mine = threading.get_ident()
+
+    def sample():
+        while not stop.is_set():
+            held[:] = [*held[-20:], sys._current_frames()[mine]]
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        shapes = {"tokens": ((4, 3, 2), "float16"), "valid": ((4,), "bool")}
+        for _ in range(200):
+            hdf5.write_skeleton(tmp_path / "shard.h5", shapes, lambda size, places: b"{}")
+    finally:
+        stop.set()
+        sampler.join()
