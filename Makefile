@@ -10,18 +10,19 @@ RUN    := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 help:  ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*##/\t/' | expand -t 18
 
-$(VENV)/.demo: pyproject.toml
+$(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("featcache needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	@echo "installing featcache[demo] into $(VENV) (PyTorch is large: a few minutes)"
 	@$(PIP) install --quiet -e '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	@echo "installing featcache[dev] into $(VENV) (PyTorch is large: a few minutes)"
 	@$(PIP) install --quiet -e '.[dev]'
-	@touch $@ $(VENV)/.demo
+	@touch $(VENV)/.demo $@
 
 install: $(VENV)/.demo  ## make .venv with featcache and the demo encoders
 
