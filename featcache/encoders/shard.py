@@ -19,6 +19,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from featcache.cache.format import FLOAT16_MAX
 from featcache.cache.writer import ShardWriter
 from featcache.encoders.decode import Preprocessing, decode_image, to_input
 from featcache.encoders.interface import Encoded, ImageEncoder, TextEncoder
@@ -113,10 +114,14 @@ def _decode(path: Path, preprocessing: Preprocessing) -> UInt8[np.ndarray, "H W"
 
 
 def _store(encoded: Encoded, dtype: str) -> tuple[Tensor, Tensor | None]:
-    """Bring one batch to the CPU in the width it is stored in."""
-    width = torch.float32 if dtype == "float32" else torch.float16
-    pooled = None if encoded.pooled is None else encoded.pooled.to(torch.float16).cpu()
-    return encoded.tokens.to(width).cpu(), pooled
+    """Bring one batch to the CPU in the width it is stored in.
+
+    A batch beyond float16 goes to the writer as it is, which says which row and value it was.
+    """
+    tokens = encoded.tokens
+    fits = dtype == "float16" and bool(tokens.abs().amax() <= FLOAT16_MAX)
+    pooled = None if encoded.pooled is None else encoded.pooled.float().cpu()
+    return tokens.to(torch.float16 if fits else torch.float32).cpu(), pooled
 
 
 def encode_images(
