@@ -130,6 +130,8 @@ class ExtractResult:
     def to_text(self) -> str:
         """A few lines for a person."""
         lines = [made.to_text(self.dry_run) for made in self.sets]
+        if self.dry_run:
+            return "\n".join([*lines, "next: the same command without --dry-run"])
         lines += [f"wrote {made.folder}" for made in self.sets if made.missing_shards]
         return "\n".join([*lines, "next: featcache train-adaptor"])
 

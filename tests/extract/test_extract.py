@@ -181,6 +181,7 @@ def test_a_dry_run_plans_and_makes_nothing(tmp_path):
     result = extract(workspace, CONFIG.model_copy(update={"dry_run": True}), **BOTH)
     assert result.sets[0].missing_shards == 1
     assert not list(workspace.features.rglob("*.h5"))
+    assert "wrote" not in result.to_text()
     assert workspace.current("image") is None
 
 
