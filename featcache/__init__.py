@@ -12,7 +12,7 @@ _PUBLIC = {
     "write_manifest": "featcache.manifest.table",
     "FeatureSet": "featcache.cache.reader",
     "open_cache": "featcache.cache.reader",
-    "extract": "featcache.extract",
+    "extract": "featcache.extract.command",
     "TokenLoader": "featcache.loader.gather",
     "train_adaptor": "featcache.adaptor.train",
     "load_adaptor": "featcache.adaptor.saved",

@@ -121,8 +121,14 @@ def synth(
 
 @app.command()
 def extract(
-    backbone: Backbone = None,
-    text_encoder: TextEncoder = None,
+    backbone: Annotated[
+        list[str] | None,
+        typer.Option(help="Image encoder: a short name, timm:NAME, hf:NAME or a folder; repeat."),
+    ] = None,
+    text_encoder: Annotated[
+        list[str] | None,
+        typer.Option(help="Text encoder: a short name, hf:NAME or a folder; repeat."),
+    ] = None,
     manifest: ManifestName = None,
     run: Annotated[
         str | None, typer.Option(help="Take the encoders of this run (or of a workspace's run).")
@@ -130,13 +136,28 @@ def extract(
     weights: Annotated[
         list[str] | None, typer.Option(help="FILE or NAME=FILE, safetensors.", metavar="FILE")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float16 or float32.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Input size in pixels.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16, float32 or int8.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Input side in pixels, or HxW.", metavar="N")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest text in tokens.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Blocks to store, e.g. 6,12; -1 is the last.", metavar="N,N")
+    ] = None,
+    pool_grid: Annotated[
+        int | None, typer.Option(help="Average the grid over N x N windows.", metavar="N")
+    ] = None,
+    views: Annotated[
+        int | None, typer.Option(help="First N views: identity, flip, five crops.", metavar="N")
+    ] = None,
+    decode: Annotated[str | None, typer.Option(help="Decode JPEGs on the cpu or gpu.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes on this machine.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.")] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Make shards with failed rows again.")
+    ] = False,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add the manifest's new rows to finished sets.")
     ] = False,
     config: ConfigFile = None,
     settings: Settings = None,
@@ -150,24 +171,30 @@ def extract(
     workspace = _workspace(root, quiet)
     from featcache.config import load_config
     from featcache.encoders.request import split_weights
-    from featcache.extract import ExtractConfig, extract
+    from featcache.extract.command import extract
+    from featcache.extract.config import ExtractConfig
 
     typed = {
         "dtype": dtype,
         "image_size": image_size,
+        "layers": layers,
+        "pool_grid": pool_grid,
+        "views": views,
         "max_tokens": max_tokens,
+        "decode": decode,
         "workers": workers,
         "scheduler": scheduler,
         "device": device,
         "retry_failed": retry_failed or None,
+        "append": append or None,
         "dry_run": dry_run or None,
     }
     overrides = [f"{key}={value}" for key, value in typed.items() if value is not None]
     result = extract(
         workspace,
         load_config(ExtractConfig, path=config, overrides=[*overrides, *(settings or ())]),
-        backbone=backbone,
-        text_encoder=text_encoder,
+        backbones=backbone or (),
+        text_encoders=text_encoder or (),
         manifest=manifest,
         run=run,
         weights=split_weights(weights or []),
@@ -206,6 +233,33 @@ def verify(
     report = verify(workspace, name)
     _emit(report, as_json)
     if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def repair(
+    name: Annotated[
+        str | None, typer.Argument(help="Feature set: image/NAME, text/NAME or a folder.")
+    ] = None,
+    rows_changed: Annotated[
+        bool, typer.Option("--rows-changed", help="Also the shards of rows whose files changed.")
+    ] = False,
+    settings: Settings = None,
+    device: Device = "auto",
+    root: Root = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make exactly the damaged shards again, and prove it by their checksums."""
+    workspace = _workspace(root, quiet)
+    from featcache.config import load_config
+    from featcache.extract.config import ExtractConfig
+    from featcache.extract.repair import repair
+
+    config = load_config(ExtractConfig, overrides=[f"device={device}", *(settings or ())])
+    result = repair(workspace, name, rows_changed=rows_changed, config=config)
+    _emit(result, as_json)
+    if not result.ok:
         raise typer.Exit(1)
 
 

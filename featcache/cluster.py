@@ -1,63 +1,50 @@
-"""Dask: worker processes, and the shards they are given."""
+"""Dask: worker processes, and the tasks they are given."""
 
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
+import dask
 import torch
 from distributed import Client, Nanny, SpecCluster, as_completed, get_worker
 from distributed.scheduler import KilledWorker, Scheduler
 
-from featcache.cache.writer import FeatureSetWriter, ShardWriter
-from featcache.encoders.interface import LocatedEncoder, load_encoder
-from featcache.encoders.shard import Pace, ShardStats, encode_images, encode_texts
+from featcache.console import note
+from featcache.encoders.task import (
+    ShardTask,
+    TaskStats,
+    count_rows,
+    make_shards,
+    measure_scale,
+    try_rows,
+)
 from featcache.errors import EncoderError, UsageError
-from featcache.manifest.table import Manifest, open_manifest
 
 ROWS_TOPIC = "featcache-rows"
+POISON = "the worker process died every time it read this row"
+# A task that was on a worker when it died twice is suspected; Dask's own patience is four deaths.
+_SCHEDULER = {
+    "distributed.scheduler.allowed-failures": 1,
+    "distributed.scheduler.worker-saturation": 1.0,
+}
+# Two tasks at a time, of which one encodes while the other syncs and reads back its shard.
+_TASKS = 2
 
 
 @dataclass(frozen=True)
-class ShardJob:
-    """What a task is told: small, and no weights in it."""
+class Done:
+    """A task that ended.
 
-    located: LocatedEncoder
-    folder: Path
-    manifest: Path
-    manifest_hash: str
-    number: int
-    pace: Pace
+    Attributes:
+        task: Which.
+        stats: What it did.
+    """
 
-
-@lru_cache(maxsize=1)
-def _tables(folder: Path, manifest_hash: str) -> tuple[Manifest, dict[str, int]]:
-    """The manifest and each key's row, read once per worker and version of it."""
-    manifest = open_manifest(folder)
-    return manifest, {key: row for row, key in enumerate(manifest.keys)}
-
-
-@lru_cache(maxsize=1)
-def _texts(folder: Path, manifest_hash: str) -> dict[str, str]:
-    """Text by `text_id`, read once per worker and version of the manifest."""
-    ids, texts = _tables(folder, manifest_hash)[0].unique_texts()
-    return dict(zip(ids, texts, strict=True))
-
-
-_loaded: dict[tuple[str, str, str], Any] = {}
-
-
-def _encoder(located: LocatedEncoder, device: str) -> Any:
-    """The encoder, built once per worker; another one takes its place."""
-    name = (located.weights_sha256, repr(located.config), device)
-    if name not in _loaded:
-        _loaded.clear()
-        _loaded[name] = load_encoder(located, device=device)
-    return _loaded[name]
+    task: ShardTask
+    stats: TaskStats
 
 
 def _report_rows(count: int) -> None:
@@ -65,42 +52,8 @@ def _report_rows(count: int) -> None:
     get_worker().log_event(ROWS_TOPIC, count)
 
 
-def make_shard(job: ShardJob, on_rows: Callable[[int], None] = _report_rows) -> ShardStats:
-    """Make one shard, unless somebody already has.
-
-    Args:
-        job: What to do.
-        on_rows: Called with the number of rows done after each batch.
-
-    Returns:
-        Times and failures of this shard; empty if it was complete.
-
-    Raises:
-        CacheError: A row does not fit the stored type, or the disk is full.
-    """
-    torch.set_num_threads(job.pace.threads)
-    made = FeatureSetWriter.open(job.folder)
-    plan = made.shards[job.number]
-    if job.number not in made.missing():
-        on_rows(plan.num_rows)
-        return ShardStats()
-    encoder = _encoder(job.located, job.pace.device)
-    if job.located.modality == "image":
-        manifest, row_of = _tables(job.manifest, job.manifest_hash)
-        paths = [manifest.image_file(row_of[key]) for key in plan.keys]
-        with ShardWriter(job.folder, made.spec, plan) as shard:
-            stats = encode_images(encoder, shard, paths, job.pace, on_rows)
-            made.write_failures(job.number, {plan.keys[row]: why for row, why in stats.failures})
-            shard.finish()
-        return stats
-    texts = _texts(job.manifest, job.manifest_hash)
-    tokenized = encoder.tokenize([texts[text_id] for text_id in plan.keys])
-    lengths = torch.tensor([len(row) for row in tokenized.ids]).numpy()
-    with ShardWriter(job.folder, made.spec, plan, lengths) as shard:
-        stats = encode_texts(encoder, shard, tokenized.ids, job.pace, on_rows)
-        stats.truncated = sum(tokenized.truncated)
-        shard.finish()
-    return stats
+def _make_shards(task: ShardTask) -> TaskStats:
+    return make_shards(task, _report_rows)
 
 
 def local_workers(device: str, workers: int | None, threads: int | None) -> list[dict[str, str]]:
@@ -120,7 +73,9 @@ def local_workers(device: str, workers: int | None, threads: int | None) -> list
     else:
         places = [{} for _ in range(workers or 1)]
     share = threads or worker_threads(len(places))
-    return [place | {"OMP_NUM_THREADS": str(share)} for place in places]
+    # Passive: threads that wait for work would keep the decoders from theirs.
+    threading = {"OMP_NUM_THREADS": str(share), "OMP_WAIT_POLICY": "passive"}
+    return [place | threading for place in places]
 
 
 def worker_threads(workers: int) -> int:
@@ -155,7 +110,7 @@ def connect(scheduler: str | None, environments: Sequence[dict[str, str]]) -> It
         place: {
             "cls": Nanny,
             "options": {
-                "nthreads": 1,
+                "nthreads": _TASKS,
                 "env": environment,
                 "memory_limit": 0,
                 "silence_logs": quiet,
@@ -168,24 +123,35 @@ def connect(scheduler: str | None, environments: Sequence[dict[str, str]]) -> It
     local = {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}
     head = {"cls": Scheduler, "options": local}
     with (
+        dask.config.set(_SCHEDULER),
         SpecCluster(workers=workers, scheduler=head, silence_logs=quiet) as cluster,
         Client(cluster) as client,
     ):
         yield client
 
 
-def run_jobs(
-    client: Client, jobs: Sequence[ShardJob], on_rows: Callable[[int], None]
-) -> Iterator[ShardStats]:
-    """Have shards made and give back their statistics as they are completed.
+def find_scales(client: Client, tasks: Sequence[ShardTask]) -> None:
+    """Have the channel scale of int8 sets measured, before any of their shards is made."""
+    for future in as_completed([client.submit(measure_scale, one, pure=False) for one in tasks]):
+        future.result()
+        future.release()
+
+
+def run_tasks(
+    client: Client, tasks: Sequence[ShardTask], on_rows: Callable[[int], None]
+) -> Iterator[Done]:
+    """Have shards made and say of each task when it is done.
+
+    A task whose worker dies again and again is taken apart once all others are done: the rows that
+    kill it are found by halving and left out.
 
     Args:
         client: Of a cluster whose workers see the same files.
-        jobs: One per shard.
+        tasks: What to do.
         on_rows: Called with the number of rows done, from another thread.
 
     Raises:
-        EncoderError: Workers die of a shard again and again.
+        EncoderError: A task kills its workers, but none of its rows does so alone.
         FeatcacheError: What a task raised.
     """
 
@@ -194,20 +160,60 @@ def run_jobs(
             on_rows(event[1])
 
     client.subscribe_topic(ROWS_TOPIC, heard)
-    waiting = {client.submit(make_shard, job, pure=False): job for job in jobs}
+    waiting = {client.submit(_make_shards, one, pure=False): one for one in tasks}
+    deadly: list[ShardTask] = []
     try:
         for future in as_completed(list(waiting)):
-            job = waiting.pop(future)
+            one = waiting.pop(future)
             try:
-                yield future.result()
+                stats = future.result()
             except KilledWorker:
-                raise EncoderError(
-                    f"shard {job.number} killed its worker several times, most likely for memory",
-                    where=job.folder,
-                    fix="fewer --workers, a smaller --image-size, or a machine with more memory",
-                ) from None
+                deadly.append(one)
+            else:
+                yield Done(one, stats)
             finally:
-                future.release()
+                future.release()  # else Dask would repeat it when its worker dies
+        for one in deadly:
+            yield Done(one, _without_poison(client, one))
     finally:
         client.unsubscribe_topic(ROWS_TOPIC)
         client.cancel(list(waiting))
+
+
+def _survives(client: Client, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function gives on a worker; None when it kills one after the other."""
+    future = client.submit(function, *arguments, pure=False)
+    try:
+        return future.result()
+    except KilledWorker:
+        return None
+    finally:
+        future.release()
+
+
+def _without_poison(client: Client, task: ShardTask) -> TaskStats:
+    """Make a deadly task's shards without the rows that kill."""
+    title = f"shard {task.parts[0].number} of {task.parts[0].folder.name}"
+    note(f"{title} killed its worker again and again: looking for the row")
+    poison = dict.fromkeys(_deadly_rows(client, task, range(count_rows(task))), POISON)
+    clean = replace(task, poison=poison)
+    stats: TaskStats | None = _survives(client, _make_shards, clean)
+    if stats is None:
+        raise EncoderError(
+            f"{title} kills its worker, but no row of it does so alone; most likely it is too large"
+            " for the memory",
+            where=task.parts[0].folder,
+            fix="fewer --workers, a smaller --image-size or --set batch_size=N, or a machine with "
+            "more memory",
+        )
+    return stats
+
+
+def _deadly_rows(client: Client, task: ShardTask, rows: range) -> list[int]:
+    """The rows that kill a worker, found by halving."""
+    if _survives(client, try_rows, task, rows) is not None:
+        return []
+    if len(rows) == 1:
+        return list(rows)
+    middle = len(rows) // 2
+    return _deadly_rows(client, task, rows[:middle]) + _deadly_rows(client, task, rows[middle:])

@@ -12,7 +12,8 @@ from featcache.console import duration, note
 from featcache.datasets.registry import make_manifest
 from featcache.datasets.sample import sample_folder
 from featcache.errors import UsageError
-from featcache.extract import ExtractConfig, extract
+from featcache.extract.command import extract
+from featcache.extract.config import ExtractConfig
 from featcache.heads.classify import ProbeConfig, finetune_workspace
 from featcache.heads.retrieve import RetrieveConfig, retrieve_workspace
 from featcache.workspace import KINDS, Workspace
@@ -93,8 +94,8 @@ def run_demo(workspace: Workspace, *, unless_trained: bool = False) -> DemoResul
     extract(
         workspace,
         ExtractConfig(),
-        backbone=IMAGE_ENCODER,
-        text_encoder=TEXT_ENCODER,
+        backbones=[IMAGE_ENCODER],
+        text_encoders=[TEXT_ENCODER],
         manifest="demo",
     )
     note("3/5  stage two: the Adaptor, on cached tokens")

@@ -88,7 +88,7 @@ class VerifyReport:
         if len(self.problems) > 20:
             shown.append(f"  and {len(self.problems) - 20} more")
         bad = len(self.damaged_shards)
-        fix = "next: delete these files; the same featcache extract makes exactly them again"
+        fix = "next: featcache repair makes exactly these again"
         return "\n".join([f"{line}, {bad} of them damaged:", *shown, fix])
 
 
@@ -312,7 +312,7 @@ def describe(workspace: Workspace, name: str | None = None) -> Several:
         WorkspaceError: There is no such set, or none at all.
         CacheError: A set is damaged.
     """
-    folders = _folders(workspace, name)
+    folders = set_folders(workspace, name)
     return Several(f"feature sets of {workspace.root}", [read_info(folder) for folder in folders])
 
 
@@ -328,12 +328,20 @@ def verify(workspace: Workspace, name: str | None = None, *, deep: bool = False)
         WorkspaceError: There is no such set, or none at all.
         CacheError: A folder is no feature set.
     """
-    reports = [verify_feature_set(folder, deep=deep) for folder in _folders(workspace, name)]
+    reports = [verify_feature_set(folder, deep=deep) for folder in set_folders(workspace, name)]
     return Several(f"checksums in {workspace.root}", reports)
 
 
-def _folders(workspace: Workspace, name: str | None) -> list[Path]:
-    """Folders of the sets that a command is about."""
+def set_folders(workspace: Workspace, name: str | None) -> list[Path]:
+    """Folders of the sets that a command is about.
+
+    Args:
+        workspace: Where they are.
+        name: `image/NAME`, `text/NAME`, or a folder; None for all.
+
+    Raises:
+        WorkspaceError: There is no such set, or none at all.
+    """
     if name is None:
         found = [workspace.folder("image") / one for one in workspace.names("image")]
         found += [workspace.folder("text") / one for one in workspace.names("text")]

@@ -61,18 +61,29 @@ class FeatureSetWriter:
 
     @classmethod
     def create(
-        cls, folder: Path, spec: FeatureSetSpec, plan: Sequence[ShardPlan], manifest_name: str
+        cls,
+        folder: Path,
+        spec: FeatureSetSpec,
+        plan: Sequence[ShardPlan],
+        manifest_name: str,
+        *,
+        append: bool = False,
+        rows_changed: bool = False,
     ) -> "FeatureSetWriter":
         """Write `feature_set.json` and `shards.json`, or find equal ones and go on from there.
 
-        A row whose file changed is refused, unless it is one that failed: its shard is then given
-        up and is `missing` again.
+        The plan of a set that is there stands: `plan` then only says which rows there are, and in
+        how large pieces new ones come. A row whose file changed is refused, unless it is one that
+        failed: its shard is then given up and is `missing` again.
 
         Args:
             folder: Folder of the set; made when absent.
             spec: How rows are made.
             plan: From `plan_shards`.
             manifest_name: Manifest that the rows come from.
+            append: Take in rows that the set does not have, as shards after its last one; they may
+                come from another manifest, which must hold the old rows too.
+            rows_changed: Give up the shards of rows whose files changed.
 
         Raises:
             StaleFeatureSetError: The folder holds a set that was made otherwise.
@@ -91,10 +102,19 @@ class FeatureSetWriter:
         if not (folder / PLAN_FILE).exists():
             write_json(folder / PLAN_FILE, plan_values(SetPlan(manifest_name, shards)))
         writer = cls(folder, have, read_plan(folder))
-        writer._compare(shards, manifest_name)
-        if have.library_version != spec.library_version and writer.missing():
-            raise explain_difference(have, spec, folder / SPEC_FILE)
+        writer._take_in(shards, manifest_name, append=append, rows_changed=rows_changed)
+        if writer.missing():
+            writer.check_library(spec)
         return writer
+
+    def check_library(self, spec: FeatureSetSpec) -> None:
+        """Refuse to make shards with other library versions than those that are there.
+
+        Raises:
+            StaleFeatureSetError: The versions differ.
+        """
+        if self.spec.library_version != spec.library_version:
+            raise explain_difference(self.spec, spec, self.folder / SPEC_FILE)
 
     @classmethod
     def open(cls, folder: Path) -> "FeatureSetWriter":
@@ -110,7 +130,7 @@ class FeatureSetWriter:
 
         Only headers are read: damage inside a shard is what `verify` finds.
         """
-        return [shard.number for shard in self.shards if not self._is_complete(shard)]
+        return [shard.number for shard in self.shards if not self.is_complete(shard.number)]
 
     def discard(self, numbers: Iterable[int]) -> None:
         """Delete shards, so that they are missing and will be made again."""
@@ -186,48 +206,75 @@ class FeatureSetWriter:
         """Add figures learnt about the set to `quality.json`; equal names are replaced."""
         write_json(self.folder / QUALITY_FILE, {**read_quality(self.folder), **values})
 
-    def _is_complete(self, shard: ShardPlan) -> bool:
-        """Whether a shard's file is there, whole, and holds the planned rows of this set."""
+    def is_complete(self, number: int) -> bool:
+        """Whether a shard's file is there, has its full size, and holds the planned rows."""
+        shard = self.shards[number]
         try:
             header = Shard.open(self.folder / shard.file_name).header
         except ShardError:
             return False
         return (header.fingerprint, header.keys_hash) == (self.spec.fingerprint, shard.keys_hash)
 
-    def _compare(self, shards: list[ShardPlan], manifest_name: str) -> None:
-        """Refuse other rows than the set's; take in new files of rows that had failed."""
+    def _take_in(
+        self, shards: list[ShardPlan], manifest_name: str, *, append: bool, rows_changed: bool
+    ) -> None:
+        """Compare the rows of a manifest with the set's, and lay what may be new over the plan."""
         where = self.folder / PLAN_FILE
-        aside = f"{self.spec.extract_command} --root OTHER-FOLDER"
-        if manifest_name != self.manifest_name:
+        if manifest_name != self.manifest_name and not append:
             raise CacheError(
                 f"the set holds the rows of manifest `{self.manifest_name}`, this run asks for "
                 f"those of `{manifest_name}`",
                 where=where,
-                fix=f"{aside} keeps the two apart",
+                fix=f"{self.spec.extract_command} --root OTHER-FOLDER keeps the two apart; or "
+                "--append, where it holds the old rows and more",
             )
-        if [shard.keys for shard in self.shards] != [shard.keys for shard in shards]:
+        asked = {
+            key: row_hash
+            for shard in shards
+            for key, row_hash in zip(shard.keys, shard.row_hashes, strict=True)
+        }
+        known = {key for shard in self.shards for key in shard.keys}
+        added, gone = [key for key in asked if key not in known], known - asked.keys()
+        if gone or (added and not append):
             raise CacheError(
-                _changed_keys(self.shards, shards), where=where, fix=f"{aside} starts a new set"
+                _changed_keys(added, [k for s in self.shards for k in s.keys if k in gone]),
+                where=where,
+                fix=f"{self.spec.extract_command} --root OTHER-FOLDER starts a new set"
+                if gone
+                else f"{self.spec.extract_command} --append adds them to this set",
             )
+        kept = [
+            ShardPlan(old.number, old.keys, [asked[key] for key in old.keys]) for old in self.shards
+        ]
+        changed = self._changed_shards(kept, allowed=rows_changed)
+        step = shards[0].num_rows
+        for start in range(0, len(added), step):
+            keys = added[start : start + step]
+            kept.append(ShardPlan(len(kept), keys, [asked[key] for key in keys]))
+        if changed or added or manifest_name != self.manifest_name:
+            self.discard(changed)  # first: a plan never claims what a shard does not hold
+            write_json(where, plan_values(SetPlan(manifest_name, kept)))
+            self.shards, self.manifest_name = kept, manifest_name
+
+    def _changed_shards(self, asked: list[ShardPlan], *, allowed: bool) -> set[int]:
+        """Shards with rows whose files are others now, which only failed rows' files may be."""
         changed = [
             (new.number, key)
-            for old, new in zip(self.shards, shards, strict=True)
+            for old, new in zip(self.shards, asked, strict=True)
             for key, was, now in zip(new.keys, old.row_hashes, new.row_hashes, strict=True)
             if was != now
         ]
-        failed = self.read_failures() if changed else {}
-        stale = [key for _, key in changed if key not in failed]
+        failed = self.read_failures() if changed and not allowed else {}
+        stale = [] if allowed else [key for _, key in changed if key not in failed]
         if stale:
             raise CacheError(
                 f"the file of row `{stale[0]}` is another one than when it was extracted"
                 + (f", and those of {len(stale) - 1} more rows" if len(stale) > 1 else ""),
-                where=where,
-                fix=f"{aside} makes a new set; or delete this set's folder first",
+                where=self.folder / PLAN_FILE,
+                fix=f"featcache repair {self.spec.title} --rows-changed makes their shards again; "
+                f"or {self.spec.extract_command} --root OTHER-FOLDER makes a new set",
             )
-        if changed:
-            self.discard({number for number, _ in changed})
-            write_json(where, plan_values(SetPlan(manifest_name, shards)))
-            self.shards = shards
+        return {number for number, _ in changed}
 
 
 def read_failures(folder: Path) -> list[dict[str, Any]]:
@@ -282,25 +329,11 @@ def _check_plan(shards: list[ShardPlan], where: Path) -> None:
             raise CacheError(f"a row hash of shard {position} has a line feed", where=where)
 
 
-def _changed_keys(have: list[ShardPlan], want: list[ShardPlan]) -> str:
-    """A sentence about rows that came, went, or moved."""
-    old = [key for shard in have for key in shard.keys]
-    new = [key for shard in want for key in shard.keys]
-    known, asked = set(old), set(new)
-    added = [key for key in new if key not in known]
-    gone = [key for key in old if key not in asked]
-    if added or gone:
-        first = f"`{added[0]}` is new" if added else f"`{gone[0]}` is gone"
-        return (
-            f"the manifest has other rows than the set: {len(added)} more, {len(gone)} fewer; "
-            f"{first}"
-        )
-    if old != new:
-        first = next(b for a, b in zip(old, new, strict=True) if a != b)
-        return f"the manifest has the set's rows in another order, from `{first}` on"
+def _changed_keys(added: list[str], gone: list[str]) -> str:
+    """A sentence about rows that came or went."""
+    first = f"`{gone[0]}` is gone" if gone else f"`{added[0]}` is new"
     return (
-        f"the set was planned with {have[0].num_rows} rows per shard, this run asks for "
-        f"{want[0].num_rows}"
+        f"the manifest has other rows than the set: {len(added)} more, {len(gone)} fewer; {first}"
     )
 
 

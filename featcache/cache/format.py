@@ -25,6 +25,8 @@ SHARD_BYTES = 512 * 2**20
 RAGGED_SHARD_ROWS = 65_536
 SCALE_ROWS = 2_048
 """Rows whose largest values make the channel scale of an int8 set."""
+ROUNDING_EVERY = 16
+"""What int8 costs is measured on each 16th row."""
 MAX_KEY_BYTES = 128
 ITEM_BYTES = {"float16": 2, "float32": 4, "int8": 1}
 FLOAT16_MAX = 65_504.0
@@ -254,16 +256,20 @@ def plan_rows(
 ) -> list[range]:
     """Cut ordered rows into shards; nothing but these arguments has a say.
 
+    Shards have a power of two of rows, so that those of several encoders nest: a pass over one
+    range of pictures fills whole shards of all of them.
+
     Args:
         row_ids: Ordered `key`s or `text_id`s.
         row_bytes: Bytes of one row's tokens, None for ragged sets.
         shard_bytes: Token bytes that a shard of fixed-size rows may hold; one row always fits.
-        ragged_rows: Rows of a ragged shard.
+        ragged_rows: Most rows of a ragged shard.
 
     Returns:
         Consecutive row ranges that cover all rows; all but the last have the same length.
     """
-    step = ragged_rows if row_bytes is None else max(1, shard_bytes // row_bytes)
+    most = ragged_rows if row_bytes is None else shard_bytes // row_bytes
+    step = 1 << (max(1, most).bit_length() - 1)
     total = len(row_ids)
     return [range(start, min(start + step, total)) for start in range(0, total, step)]
 
@@ -358,7 +364,8 @@ def make_channel_scale(tokens: Float[np.ndarray, "*rows D"]) -> Float32[np.ndarr
     """The channel scale of an int8 set, from the set's first `SCALE_ROWS` rows.
 
     Args:
-        tokens: Tokens of these rows, finite; any leading axes.
+        tokens: Tokens of these rows, finite; any leading axes. The largest absolute values of
+            parts of them serve as well.
 
     Returns:
         The largest absolute value of each channel. A channel that is zero throughout gets the
@@ -405,3 +412,33 @@ def dequantise(
     out *= scale_token.astype(np.float32)[..., None]
     out *= scale_channel
     return out
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What int8 cost, measured on some of the rows.
+
+    Attributes:
+        rows: Rows that were measured.
+        error: Sum of the squared differences between stored and true values.
+        total: Sum of the squared true values.
+        worst: Largest relative error of one row: the root of its error over its total.
+    """
+
+    rows: int = 0
+    error: float = 0.0
+    total: float = 0.0
+    worst: float = 0.0
+
+    def __add__(self, other: "Rounding") -> "Rounding":
+        return Rounding(
+            self.rows + other.rows,
+            self.error + other.error,
+            self.total + other.total,
+            max(self.worst, other.worst),
+        )
+
+    @property
+    def relative_error(self) -> float:
+        """Root of the error over the total; 0 where nothing was measured."""
+        return (self.error / self.total) ** 0.5 if self.total else 0.0

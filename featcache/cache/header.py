@@ -45,10 +45,7 @@ NUMPY_TYPES = {
 _KEY_TYPES = {f"S{size}" for size in range(1, MAX_KEY_BYTES + 1)}
 _JSON_KEYS = {"format_version", "fingerprint", "keys_hash", "file_size", "arrays"}
 _HEAD = struct.Struct("<8sII")
-REPAIR_HINT = (
-    "featcache verify lists all damage; delete the file, then the same featcache extract "
-    "makes it again"
-)
+REPAIR_HINT = "featcache repair makes exactly the damaged shards again"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,15 @@ import xxhash
 from jaxtyping import Bool, Float, Float32, Int64, Num, Shaped
 
 from featcache.cache.folder import FeatureSetWriter, partial_path
-from featcache.cache.format import FLOAT16_MAX, FeatureSetSpec, ShardPlan, quantise
+from featcache.cache.format import (
+    FLOAT16_MAX,
+    ROUNDING_EVERY,
+    FeatureSetSpec,
+    Rounding,
+    ShardPlan,
+    dequantise,
+    quantise,
+)
 from featcache.cache.hdf5 import write_skeleton
 from featcache.cache.header import Place, array_shapes, header_size, header_text, pack_header
 from featcache.cache.shard import Shard, digest_rest
@@ -32,6 +40,9 @@ class ShardWriter:
 
     The file has its full size from the start; rows go to their place at once, in any order, and
     the same rows give the same bytes. Memory holds one batch and the shard's small arrays.
+
+    Attributes:
+        rounding: What int8 cost so far; nothing for other types.
     """
 
     def __init__(
@@ -56,6 +67,7 @@ class ShardWriter:
                 writes the same shard already.
         """
         self.spec, self.shard = spec, shard
+        self.rounding = Rounding()
         self.path = folder / shard.file_name
         self._partial = partial_path(self.path)
         _check_arguments(spec, shard, lengths, scale_channel, self.path)
@@ -298,7 +310,26 @@ class ShardWriter:
         self._cast(rows, ends, flat.astype(np.float32), "float32")  # finite, or an error
         tokens, scales = quantise(flat, self._small["scale_channel"])
         self._refuse(~np.isfinite(scales)[:, None], rows, ends, flat, "int8")
+        self._measure(rows, ends, flat, tokens, scales)
         return tokens, scales
+
+    def _measure(
+        self,
+        rows: Int64[np.ndarray, " B"],
+        ends: Int64[np.ndarray, " B"],
+        flat: Float[np.ndarray, "S D"],
+        tokens: Num[np.ndarray, "S D"],
+        scales: Shaped[np.ndarray, " S"],
+    ) -> None:
+        """Compare some rows with what will be read back."""
+        starts = [0, *ends.tolist()]
+        for position in np.flatnonzero(rows % ROUNDING_EVERY == 0).tolist():
+            place = slice(starts[position], starts[position + 1])
+            true = flat[place].astype(np.float32)
+            stored = dequantise(tokens[place], scales[place], self._small["scale_channel"])
+            error, total = float(np.square(stored - true).sum()), float(np.square(true).sum())
+            worst = (error / total) ** 0.5 if total else 0.0
+            self.rounding += Rounding(1, error, total, worst)
 
     def _cast(
         self,
@@ -336,8 +367,8 @@ class ShardWriter:
             f"of row `{self.shard.keys[row]}`, which {dtype} cannot hold"
             + (f" (its largest value is {FLOAT16_MAX:.0f})" if dtype == "float16" else ""),
             where=self.path,
-            fix=f"{self.spec.extract_command} --dtype float32 --root OTHER-FOLDER; a value that is "
-            "not a number needs another encoder or input",
+            fix=f"{self.spec.extract_command} --dtype float32 --root OTHER-FOLDER, or int8; a "
+            "value that is not a number needs another encoder or input",
         )
 
     def _scatter_scales(

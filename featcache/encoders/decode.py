@@ -19,11 +19,9 @@ import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import UInt8
 from PIL import (
     BmpImagePlugin,
     ExifTags,
@@ -39,15 +37,15 @@ from PIL import (
     UnidentifiedImageError,
     WebPImagePlugin,
 )
-from pydantic import Field, JsonValue, model_validator
-from torch import Tensor
 
-from featcache.config import Config, to_plain
-from featcache.errors import EncoderError, ImageError, UsageError
+from featcache.encoders.preprocessing import VIEWS as VIEWS
+from featcache.encoders.preprocessing import Placement, place, render, show
+from featcache.encoders.preprocessing import Preprocessing as Preprocessing
+from featcache.encoders.preprocessing import to_input as to_input
+from featcache.errors import EncoderError, ImageError
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB as 24-bit colour
 MAX_BYTES = 512 * 2**20
-RULES_VERSION = 1
 
 # Importing the plug-ins here fills Pillow's registry once, before any thread decodes.
 _PLUGINS = (
@@ -80,79 +78,7 @@ _DAMAGE = (
     zlib.error,
 )
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-_FILTERS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-}
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-
-
-class Preprocessing(Config):
-    """From pixels to an encoder's input; recorded completely with every feature set."""
-
-    image_size: tuple[int, int] = Field(description="Height, width of the input, in pixels.")
-    fit: Literal["pad", "squash", "crop"] = Field(
-        default="pad",
-        description="`pad`: whole picture, black margins; `squash`: whole picture, other aspect; "
-        "`crop`: fitted by its shorter side, the centre cut out.",
-    )
-    interpolation: Literal["bicubic", "bilinear"] = Field(
-        default="bicubic", description="Filter of the resize, always antialiased."
-    )
-    value_range: tuple[float, float] = Field(
-        default=(0.0, 1.0), description="What black and white become before mean and std."
-    )
-    mean: tuple[float, ...] = Field(description="One value per channel, in `value_range`.")
-    std: tuple[float, ...] = Field(description="One value per channel.")
-
-    @model_validator(mode="after")
-    def _check(self) -> "Preprocessing":
-        if min(self.image_size) < 1:
-            raise ValueError("a side of `image_size` is below 1 pixel")
-        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
-            raise ValueError("`mean` and `std` need one value per channel, for 1 or 3 channels")
-        if min(self.std) <= 0:
-            raise ValueError("a value of `std` is not above 0")
-        return self
-
-    @property
-    def channels(self) -> int:
-        """Channels of the input; a grey picture is repeated."""
-        return len(self.mean)
-
-    def check_patches(self, patch: int, *, encoder: str) -> None:
-        """Refuse a size that is no whole number of patches, which a network would cut or pad.
-
-        Raises:
-            UsageError: With the nearest sizes that can be.
-        """
-        height, width = self.image_size
-        if height % patch == 0 and width % patch == 0:
-            return
-        down, up = (max(1, side) * patch for side in (height // patch, height // patch + 1))
-        raise UsageError(
-            f"an image of {height} x {width} pixels is no whole number of the {patch}-pixel "
-            f"patches of `{encoder}`",
-            where="--image-size",
-            fix=f"--image-size {down} or --image-size {up}",
-        )
-
-    def record(self) -> dict[str, JsonValue]:
-        """All that decides the input of the network, as a feature set's spec holds it."""
-        return to_plain(self) | {
-            "channels": self.channels,
-            "antialias": True,
-            "decode": "grey, jpeg dct scaling to >= 2x, exif turned, alpha on black, "
-            "over 8 bits min-max",
-            "decode_rules": RULES_VERSION,
-        }
-
-
-class _Placement(NamedTuple):
-    """Where a whole picture goes: resized to `size`, then pasted at `offset` (both width first)."""
-
-    size: tuple[int, int]
-    offset: tuple[int, int]
 
 
 def decode_image(path: Path, preprocessing: Preprocessing) -> UInt8[np.ndarray, "H W"]:
@@ -175,22 +101,28 @@ def decode_images(
 ) -> list[UInt8[np.ndarray, "H W"]]:
     """Decode one file for several encoders; each gets what `decode_image` alone would give it.
 
-    The file is read once, and decoded once for each JPEG scale that the sizes ask for.
+    The file is read once, decoded once for each JPEG scale that the sizes ask for, and resized
+    once for all views that are cut out of the same canvas.
 
     Raises:
         ImageError: The file cannot be decoded; the message is a reason without the path.
     """
     content = _read(path)
     decoded: dict[tuple[int, int], Image.Image] = {}
+    canvases: dict[tuple[object, ...], UInt8[np.ndarray, "H W"]] = {}
     greys = []
     try:
         for preprocessing in preprocessings:
             image = _open(content)
-            placement = _place(image, preprocessing)
+            placement = place(_upright_size(image), preprocessing)
             _draft(image, placement)
             if image.size not in decoded:
                 decoded[image.size] = _to_grey(image)
-            greys.append(_fit(decoded[image.size], placement, preprocessing))
+            how = (placement, preprocessing.fit, preprocessing.interpolation)
+            key = (image.size, preprocessing.canvas_size, *how)
+            if key not in canvases:
+                canvases[key] = render(decoded[image.size], placement, preprocessing)
+            greys.append(show(canvases[key], preprocessing))
     except UnidentifiedImageError:
         raise ImageError(_explain(content)) from None
     except _BOMB:
@@ -202,6 +134,30 @@ def decode_images(
         what = "the file is truncated" if stops else "the file is damaged"
         raise ImageError(f"{what}, it cannot be decoded") from None
     return greys
+
+
+def read_picture(path: Path) -> bytes:
+    """A file's bytes, none where they cannot be had: `decode_image` says why."""
+    try:
+        return _read(path)
+    except ImageError:
+        return b""
+
+
+def is_plain_jpeg(content: bytes) -> bool:
+    """Whether a file is a whole, upright JPEG, grey or YCbCr, as far as its header says."""
+    if content[:2] != b"\xff\xd8" or not content.endswith(b"\xff\xd9"):
+        return False
+    try:
+        image = _open(content)
+        upright = _orientation(image) == 1
+    except (ImageError, *_BOMB, *_DAMAGE):
+        return False
+    if not isinstance(image, JpegImagePlugin.JpegImageFile) or not upright:
+        return False
+    components = [layer[0] for layer in image.layer]  # `R`, `G`, `B` would be colours as such
+    is_luminance_first = components in ([1], [1, 2, 3], [0, 1, 2], [0])
+    return is_luminance_first and image.info.get("adobe_transform", 1) == 1
 
 
 def _read(path: Path) -> bytes:
@@ -287,19 +243,12 @@ def _lies_turned(image: Image.Image) -> bool:
     return _orientation(image) in _TURNED and image.format != "TIFF"
 
 
-def _place(image: Image.Image, preprocessing: Preprocessing) -> _Placement:
-    """Decide the size after the resize from the size in the header."""
-    height, width = preprocessing.image_size
-    have_w, have_h = image.size[::-1] if _lies_turned(image) else image.size
-    if preprocessing.fit == "squash":
-        return _Placement((width, height), (0, 0))
-    ratios = (width / have_w, height / have_h)
-    ratio = min(ratios) if preprocessing.fit == "pad" else max(ratios)
-    size = (max(1, round(have_w * ratio)), max(1, round(have_h * ratio)))
-    return _Placement(size, ((width - size[0]) // 2, (height - size[1]) // 2))
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width, height of the picture as it is looked at."""
+    return image.size[::-1] if _lies_turned(image) else image.size
 
 
-def _draft(image: Image.Image, placement: _Placement) -> None:
+def _draft(image: Image.Image, placement: Placement) -> None:
     """Let the JPEG decoder shrink to at least twice the target, and skip the colours."""
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         want = (2 * placement.size[0], 2 * placement.size[1])
@@ -339,38 +288,3 @@ def _stretch(image: Image.Image) -> Image.Image:
         level = 0.0 if is_float else min(max(float(low), 0.0), 65535.0) / 257.0
         levels = np.full(values.shape, level, np.float32)
     return Image.fromarray(levels)
-
-
-def _fit(
-    grey: Image.Image, placement: _Placement, preprocessing: Preprocessing
-) -> UInt8[np.ndarray, "H W"]:
-    """Resize, round to 8 bits, and put onto black or cut."""
-    resized = grey.resize(placement.size, _FILTERS[preprocessing.interpolation])
-    levels = np.asarray(resized)
-    if resized.mode == "F":
-        levels = np.rint(levels.clip(0.0, 255.0)).astype(np.uint8)
-    if levels.shape == preprocessing.image_size:
-        return np.array(levels)
-    if preprocessing.fit == "crop":
-        (height, width), (left, top) = preprocessing.image_size, placement.offset
-        return np.array(levels[-top : height - top, -left : width - left])
-    canvas = np.zeros(preprocessing.image_size, np.uint8)
-    left, top = placement.offset
-    canvas[top : top + levels.shape[0], left : left + levels.shape[1]] = levels
-    return canvas
-
-
-def to_input(
-    greys: UInt8[Tensor, "B H W"], preprocessing: Preprocessing
-) -> Float32[Tensor, "B C H W"]:
-    """Grey levels to what the encoder reads, on the device where the levels are.
-
-    Args:
-        greys: Grey levels, 0 to 255, of the preprocessing's size.
-        preprocessing: Range, mean and std; its length of `mean` is the number of channels.
-    """
-    low, high = preprocessing.value_range
-    mean = torch.tensor(preprocessing.mean, dtype=torch.float32, device=greys.device)
-    std = torch.tensor(preprocessing.std, dtype=torch.float32, device=greys.device)
-    values = greys[:, None].to(torch.float32).mul_((high - low) / 255.0).add_(low)  # B 1 H W
-    return values.sub(mean.view(1, -1, 1, 1)).div_(std.view(1, -1, 1, 1))

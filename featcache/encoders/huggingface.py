@@ -12,16 +12,16 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from pydantic import JsonValue
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from featcache.config import canonical_json, validate
 from featcache.console import note
-from featcache.encoders.decode import Preprocessing
-from featcache.encoders.interface import EncoderConfig, Features, Forward, LocatedEncoder
+from featcache.encoders.interface import Built, EncoderConfig, Features, LocatedEncoder
+from featcache.encoders.preprocessing import Preprocessing
 from featcache.encoders.weights import Shelf, check_keys, open_shelf, read_state_dict
-from featcache.errors import EncoderError
+from featcache.errors import EncoderError, UsageError
 
 # Beginnings of tensors that an encoder may do without: poolers, heads of other tasks, old buffers.
 _HEADS = (
@@ -223,7 +223,33 @@ def read_processor(path: Path) -> Preprocessing:
     return validate(Preprocessing, wanted, where=path)
 
 
-def build_vision(located: LocatedEncoder, *, random: bool = False) -> tuple[nn.Module, Forward]:
+def _position_options(
+    network: Any, preprocessing: Preprocessing, *, encoder: str
+) -> dict[str, bool]:
+    """Arguments of a forward pass that make the library resample positions where it has to.
+
+    Raises:
+        UsageError: The library would resample them as if the stored grid were square.
+    """
+    stored = getattr(network.config, "image_size", None)
+    stored = (stored, stored) if isinstance(stored, int) else stored
+    at_own_size = stored is not None and tuple(stored) == preprocessing.image_size
+    chooses = "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
+    if at_own_size and chooses:
+        return {}
+    if stored is not None and stored[0] != stored[1]:
+        raise UsageError(
+            f"transformers resamples the positions of `{encoder}` as if {stored[0]} x {stored[1]} "
+            "pixels were a square",
+            where="--image-size",
+            fix=f"--image-size {stored[0]}x{stored[1]}"
+            if chooses
+            else "take the same network from timm: --backbone timm:NAME",
+        )
+    return {"interpolate_pos_encoding": True} if chooses else {}
+
+
+def build_vision(located: LocatedEncoder, *, random: bool = False) -> Built:
     """Build a vision transformer of transformers; random weights only when asked for by name.
 
     Raises:
@@ -246,12 +272,14 @@ def build_vision(located: LocatedEncoder, *, random: bool = False) -> tuple[nn.M
     preprocessing.check_patches(patch, encoder=located.name)
     height, width = preprocessing.image_size
     grid = (height // patch, width // patch)
-    resamples = "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
-    options = {"interpolate_pos_encoding": True} if resamples else {}
+    options = _position_options(network, preprocessing, encoder=located.name)
+    norm = getattr(network, "layernorm", None) or getattr(network, "norm", None)
+    depth = getattr(network.config, "num_hidden_layers", None) if norm is not None else None
 
-    def forward(images: Float[Tensor, "B C H W"]) -> Features:
+    def forward(images: Float[Tensor, "B C H W"], blocks: tuple[int, ...]) -> Features:
+        asked = options | ({"output_hidden_states": True} if blocks else {})
         try:
-            output = network(pixel_values=images, **options)
+            output = network(pixel_values=images, **asked)
             tokens = output.last_hidden_state  # B L D
         except (AttributeError, TypeError, ValueError):
             tokens = None
@@ -261,6 +289,8 @@ def build_vision(located: LocatedEncoder, *, random: bool = False) -> tuple[nn.M
                 where=config,
             )
         pooled = getattr(output, "pooler_output", None)
-        return Features(tokens, grid, tokens[:, 0] if pooled is None else pooled, is_map=False)
+        pooled = tokens[:, 0] if pooled is None else pooled
+        layers = tuple(norm(output.hidden_states[block]) for block in blocks) if norm else ()
+        return Features(tokens, grid, pooled, is_map=False, layers=layers)
 
-    return network, forward
+    return Built(network, forward, depth)

@@ -11,13 +11,20 @@ from torch import Tensor, nn
 from featcache.cache.format import FeatureSetSpec
 from featcache.config import file_sha256
 from featcache.encoders.interface import (
+    Built,
     Dtype,
     Encoded,
     EncoderConfig,
     Features,
-    Forward,
     LocatedEncoder,
     library_version,
+)
+from featcache.encoders.tokens import (
+    choose_blocks,
+    no_layers,
+    pool_tokens,
+    pooled_grid,
+    token_record,
 )
 from featcache.encoders.weights import (
     DEMO,
@@ -51,28 +58,39 @@ class FrozenImageEncoder:
     def __init__(self, located: LocatedEncoder, *, device: str = "cpu", random: bool = False):
         self.located, self.name = located, located.name
         self.preprocessing = located.preprocessing
-        network, self._forward = _build(located, random=random)
+        network, self._forward, self._depth = _build(located, random=random)
         network.eval().requires_grad_(False).float().to(device)
+        self._network = network
         self.num_parameters = sum(parameter.numel() for parameter in network.parameters())
         self._memory_format = torch.contiguous_format
+        self._blocks = choose_blocks(
+            located.config.layers, self._depth, encoder=self.name, network=located.network
+        )
         blank = torch.zeros(1, self.preprocessing.channels, *self.preprocessing.image_size)
+        probe = (self._depth,) if self._blocks and self._depth else ()
         with torch.inference_mode():
-            features = self._forward(blank.to(device))
+            features = self._forward(blank.to(device), probe)
         if features.is_map:
             network.to(memory_format=torch.channels_last)
             self._memory_format = torch.channels_last
-        self.grid = features.grid
-        self.dim = int(features.tokens.shape[2])
-        self.num_prefix_tokens = int(features.tokens.shape[1]) - self.grid[0] * self.grid[1]
+        self._grid = features.grid
+        self.num_prefix_tokens = int(features.tokens.shape[1]) - self._grid[0] * self._grid[1]
         pooled = self._pool(features)
         self.pooled_dim = None if pooled is None else int(pooled.shape[1])
         self._check(features)
+        self.grid = pooled_grid(self._grid, located.config.pool_grid, encoder=self.name)
+        self.dim = int(features.tokens.shape[2]) * max(1, len(self._blocks))
 
     def __call__(self, images: Float[Tensor, "B C H W"]) -> Encoded:
         """Encode a batch; see `ImageEncoder`."""
         with torch.inference_mode():
-            features = self._forward(images.contiguous(memory_format=self._memory_format))
-            return Encoded(features.tokens.contiguous(), self._pool(features))
+            images = images.contiguous(memory_format=self._memory_format)
+            features = self._forward(images, self._blocks)
+            tokens = torch.cat(features.layers, -1) if self._blocks else features.tokens
+            size = self.located.config.pool_grid
+            if size != 1:
+                tokens = pool_tokens(tokens, self.num_prefix_tokens, self._grid, size)
+            return Encoded(tokens.contiguous(), self._pool(features))
 
     def _pool(self, features: Features) -> Float[Tensor, "B E"] | None:
         """The pooled vector that the preset asks for."""
@@ -87,8 +105,13 @@ class FrozenImageEncoder:
     def _check(self, features: Features) -> None:
         """Compare what the network gave with what the preset says."""
         config = self.located.config
-        for field in ("num_prefix_tokens", "grid", "dim"):
-            expected, found = getattr(config, field), getattr(self, field)
+        layout = {
+            "num_prefix_tokens": self.num_prefix_tokens,
+            "grid": self._grid,
+            "dim": int(features.tokens.shape[2]),
+        }
+        for field, found in layout.items():
+            expected = getattr(config, field)
             if expected is not None and expected != found:
                 raise EncoderError(
                     f"`{self.name}` has {field} = {found}, its preset says {expected}",
@@ -103,6 +126,9 @@ class FrozenImageEncoder:
                 where=self.located.weights,
                 fix="download or copy the weights again",
             )
+        # What a block gives must become what the encoder gives, or inner blocks mean nothing.
+        if self._blocks and not torch.allclose(features.layers[0], features.tokens, atol=1e-4):
+            raise no_layers(self.name, self.located.network)
 
     def spec(
         self, *, dtype: Dtype = "float16", batch_size: int, autocast: str | None = None
@@ -117,7 +143,8 @@ class FrozenImageEncoder:
             library_version=library_version(config.library),
             weights_sha256=self.located.weights_sha256,
             preprocessing=self.preprocessing.record()
-            | {"network": self.located.network, "pooled": config.pooled},
+            | {"network": self.located.network, "pooled": config.pooled}
+            | token_record(config, self._depth),
             num_prefix_tokens=self.num_prefix_tokens,
             grid=self.grid,
             num_tokens=self.num_prefix_tokens + self.grid[0] * self.grid[1],
@@ -129,7 +156,7 @@ class FrozenImageEncoder:
         )
 
 
-def _build(located: LocatedEncoder, *, random: bool) -> tuple[nn.Module, Forward]:
+def _build(located: LocatedEncoder, *, random: bool) -> Built:
     """The network of one library and its forward pass; the others are not imported."""
     if located.config.library == "timm":
         from featcache.encoders.timm_network import build_timm  # noqa: PLC0415
@@ -148,6 +175,7 @@ def locate_image(
     *,
     weights: Path | None,
     image_size: tuple[int, int] | None,
+    view: str = "identity",
 ) -> LocatedEncoder:
     """Find and hash the files of an image encoder; see `locate_encoder`."""
     model_config = None
@@ -169,7 +197,7 @@ def locate_image(
         check_pin(file.parent / pinned, expected, encoder=name)
     return LocatedEncoder(
         name=name,
-        config=_resized(config, image_size),
+        config=_rendered(config, image_size, view),
         network=network,
         weights=file,
         weights_sha256=file_sha256(file),
@@ -177,15 +205,20 @@ def locate_image(
     )
 
 
-def _resized(config: EncoderConfig, image_size: tuple[int, int] | None) -> EncoderConfig:
-    """The config for another input size, which the preset's grid does not hold for."""
+def _rendered(
+    config: EncoderConfig, image_size: tuple[int, int] | None, view: str
+) -> EncoderConfig:
+    """The config for a view and for another input size, which the preset's grid does not fit."""
     have = config.preprocessing
-    if image_size is None or have is None or image_size == have.image_size:
+    if have is None:
         return config
-    if min(image_size) < 1:
+    if image_size is not None and min(image_size) < 1:
         raise UsageError(f"an image size of {min(image_size)} pixels", where="--image-size")
-    resized = have.model_copy(update={"image_size": image_size})
-    return config.model_copy(update={"preprocessing": resized, "grid": None})
+    size = image_size or have.image_size
+    shown = {} if view == "identity" else {"view": view}
+    rendered = have.model_copy(update={"image_size": size} | shown)
+    grid = config.grid if size == have.image_size else None
+    return config.model_copy(update={"preprocessing": rendered, "grid": grid})
 
 
 def _find_xrv(name: str, config: EncoderConfig, weights: Path | None) -> tuple[Shelf, str]:
@@ -208,7 +241,7 @@ def _find_xrv(name: str, config: EncoderConfig, weights: Path | None) -> tuple[S
     return Shelf(name, weights=file), "torchxrayvision.ResNetAE101"
 
 
-def _build_xrv(located: LocatedEncoder, *, random: bool = False) -> tuple[nn.Module, Forward]:
+def _build_xrv(located: LocatedEncoder, *, random: bool = False) -> Built:
     """The encoder half of torchxrayvision's ResNet autoencoder."""
     autoencoders: Any = importlib.import_module("torchxrayvision.autoencoders")
 
@@ -227,10 +260,10 @@ def _build_xrv(located: LocatedEncoder, *, random: bool = False) -> tuple[nn.Mod
     for part in [name for name, _ in network.named_children() if name.startswith(_XRV_DECODER)]:
         delattr(network, part)
 
-    def forward(images: Float[Tensor, "B C H W"]) -> Features:
+    def forward(images: Float[Tensor, "B C H W"], blocks: tuple[int, ...]) -> Features:
         features = network.encode(images, check_resolution=False)  # B C H W
         grid = (features.shape[2], features.shape[3])
         tokens = features.flatten(2).transpose(1, 2)  # B (H W) C
         return Features(tokens, grid, features.mean((2, 3)), is_map=True)
 
-    return network, forward
+    return Built(network, forward, depth=None)

@@ -14,12 +14,12 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int64
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from featcache.cache.format import FeatureSetSpec
 from featcache.config import Config, find_config, list_configs, load_config
-from featcache.encoders.decode import Preprocessing
-from featcache.errors import EncoderError, UsageError, WeightsError
+from featcache.encoders.preprocessing import VIEWS, Preprocessing
+from featcache.errors import EncoderError, UsageError, WeightsError, nearest
 
 Modality = Literal["image", "text"]
 Library = Literal["timm", "transformers", "torchxrayvision"]
@@ -64,6 +64,15 @@ class EncoderConfig(Config):
     dim: int | None = Field(default=None, gt=0, description="Expected width of a token.")
     pooled: Literal["own", "class", "mean", "normalized_mean"] = Field(
         default="own", description="The pooled vector; `own` is what the network itself pools."
+    )
+    layers: tuple[int, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Blocks whose tokens are stored side by side, from 1, or from -1 backwards; "
+        "None: the last.",
+    )
+    pool_grid: int = Field(
+        default=1, ge=1, description="Images: tokens of n x n places are averaged to one."
     )
     max_tokens: int | None = Field(
         default=None, gt=2, description="Texts: longest, specials included."
@@ -114,6 +123,32 @@ class LocatedEncoder:
             raise EncoderError(f"`{self.name}` has no preprocessing", where=self.config.source)
         return self.config.preprocessing
 
+    @property
+    def network_key(self) -> tuple[object, ...]:
+        """Equal for encoders that one loaded network serves: they may differ in name and pictures.
+
+        What a picture goes through before the network (view, fit, mean, std) is left out; its size
+        and everything that decides what the network gives is in.
+        """
+        config, given = self.config, self.config.preprocessing
+        return (
+            config.modality,
+            config.library,
+            config.public_source,
+            config.state_dict,
+            self.network,
+            self.weights,
+            self.weights_sha256,
+            self.model_config,
+            self.tokenizer_sha256,
+            None if given is None else (given.image_size, given.channels),
+            config.pooled,
+            config.layers,
+            config.pool_grid,
+            config.max_tokens,
+            config.lowercase,
+        )
+
 
 class Encoded(NamedTuple):
     """What an encoder gives for one batch."""
@@ -125,13 +160,23 @@ class Encoded(NamedTuple):
 class Features(NamedTuple):
     """What a forward pass of any library's image network gives."""
 
-    tokens: Float[Tensor, "B L D"]
+    tokens: Float[Tensor, "B L D"]  # of the last layer
     grid: tuple[int, int]
     pooled: Float[Tensor, "B E"] | None
     is_map: bool  # a CNN's map, which is faster with channels last
+    layers: tuple[Float[Tensor, "B L D"], ...] = ()  # those asked for, in that order
 
 
-Forward = Callable[[Float[Tensor, "B C H W"]], Features]
+# Pictures, and the numbers from 1 of blocks whose tokens are wanted besides the last layer's.
+Forward = Callable[[Float[Tensor, "B C H W"], tuple[int, ...]], Features]
+
+
+class Built(NamedTuple):
+    """A network of any library, and how pictures go through it."""
+
+    network: nn.Module
+    forward: Forward
+    depth: int | None  # number of its blocks, None where they are not of one kind
 
 
 class Tokenized(NamedTuple):
@@ -209,12 +254,37 @@ class TextEncoder(Encoder, Protocol):
         """Encode a padded batch; rows of `tokens` where `valid` is False are meaningless."""
 
 
+def split_view(name: str) -> tuple[str, str]:
+    """Take a name like `vit-b@flip` apart: the encoder, and the view of the pictures.
+
+    A name without `@` means the view `identity`, and so does a path that is there as it stands.
+
+    Raises:
+        UsageError: There is no such view.
+    """
+    base, at, view = name.rpartition("@")
+    if not at or "/" in view or Path(name).exists():
+        return name, "identity"
+    if view not in VIEWS:
+        raise UsageError(
+            f"there is no view `{view}` of `{base}`; {nearest(view, VIEWS)}",
+            where=name,
+            fix=f"views: {', '.join(VIEWS)}",
+        )
+    return base, view
+
+
 def resolve_encoder(name: str, modality: Modality) -> EncoderConfig:
     """Read what is known about a name: a shipped short name, `timm:X`, `hf:X`, a folder, a YAML.
 
+    A view in the name (`vit-b@flip`) is checked and left out: it is laid over by `locate_encoder`.
+
     Raises:
-        UsageError: The name is unknown, or names an encoder of the other modality.
+        UsageError: The name or its view is unknown, or names an encoder of the other modality.
     """
+    name, view = split_view(name)
+    if view != "identity" and modality == "text":
+        raise UsageError(f"texts have no view `{view}`", where="--text-encoder", fix=name)
     path = Path(name)
     if name in list_configs("encoders"):
         config = load_config(EncoderConfig, path=find_config("encoders", name))
@@ -263,21 +333,28 @@ def locate_encoder(
     weights: Path | None = None,
     image_size: int | tuple[int, int] | None = None,
     max_tokens: int | None = None,
+    layers: tuple[int, ...] | None = None,
+    pool_grid: int | None = None,
 ) -> LocatedEncoder:
     """Find and hash an encoder's files, within seconds when no hub answers.
 
     Args:
-        name: Short name, `timm:NAME`, `hf:ID`, a local folder, or a YAML file.
+        name: Short name, `timm:NAME`, `hf:ID`, a local folder, or a YAML file; for images perhaps
+            with a view: `vit-b@flip`.
         modality: `image` or `text`.
         weights: A `.safetensors` file (or a folder) to take instead of a hub's.
         image_size: Side, or (height, width), in pixels; None is the encoder's own.
         max_tokens: Longest text, special tokens included; None is the encoder's own.
+        layers: Blocks whose tokens are stored side by side, counted from 1, or backwards from -1;
+            None is the last.
+        pool_grid: Tokens of so many by so many places of the grid are averaged to one.
 
     Raises:
-        UsageError: The name is unknown, or the size or length cannot be.
+        UsageError: The name or view is unknown, or the size, length or layers cannot be.
         WeightsError: The weights are not here, or are not what they claim to be.
     """
-    config = resolve_encoder(name, modality)
+    base, view = split_view(name)
+    config = _asked(resolve_encoder(name, modality), layers, pool_grid)
     if weights is not None and not weights.exists():
         raise WeightsError("there is no such file of weights", where=weights, fix="check the path")
     if weights is not None:
@@ -286,7 +363,7 @@ def locate_encoder(
         from featcache.encoders.image import locate_image  # noqa: PLC0415  seconds to import
 
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        located = locate_image(name, config, weights=weights, image_size=size)
+        located = locate_image(base, config, weights=weights, image_size=size, view=view)
     else:
         from featcache.encoders.text import locate_text  # noqa: PLC0415  seconds to import
 
@@ -294,14 +371,46 @@ def locate_encoder(
     return replace(located, name=short_name(name))
 
 
+def _asked(
+    config: EncoderConfig, layers: tuple[int, ...] | None, pool_grid: int | None
+) -> EncoderConfig:
+    """The config with the caller's layers and pooling laid over what its file says.
+
+    Raises:
+        UsageError: They cannot be, whatever the network.
+    """
+    if layers is not None and (not layers or 0 in layers):
+        raise UsageError(
+            "layers are counted from 1, or backwards from -1",
+            where="--layers",
+            fix="--layers -1 for the last one",
+        )
+    if pool_grid is not None and pool_grid < 1:
+        raise UsageError(f"a pooling of {pool_grid} places", where="--pool-grid", fix="at least 1")
+    config = config.model_copy(
+        update={
+            "layers": config.layers if layers is None else layers,
+            "pool_grid": config.pool_grid if pool_grid is None else pool_grid,
+        }
+    )
+    if config.modality == "text" and config.pool_grid != 1:
+        raise UsageError(
+            "tokens of texts have no grid to pool", where="--pool-grid", fix="leave it out"
+        )
+    return config
+
+
 def short_name(name: str) -> str:
     """A name that can be a folder's: the last part of a path, `--` for a hub id's slash."""
-    path = Path(name)
-    if name.startswith(("timm:", "hf:")):
-        return name.replace("/", "--")
-    if path.suffix in (".yaml", ".yml"):
-        return path.stem
-    return path.resolve().name if path.is_dir() else name
+    base, view = split_view(name)
+    path = Path(base)
+    if base.startswith(("timm:", "hf:")):
+        short = base.replace("/", "--")
+    elif path.suffix in (".yaml", ".yml"):
+        short = path.stem
+    else:
+        short = path.resolve().name if path.is_dir() else base
+    return short if view == "identity" else f"{short}@{view}"
 
 
 def load_encoder(located: LocatedEncoder, *, device: str = "cpu") -> ImageEncoder | TextEncoder:
@@ -329,7 +438,9 @@ def random_encoder(
     Its `name` ends in `-random<seed>`, and its spec says so in place of the weights' hash. The
     caller's random state is left as it was.
     """
-    named = replace(located, name=f"{located.name}-random{seed}", weights_sha256=f"random-{seed}")
+    base, at, view = located.name.partition("@")
+    name = f"{base}-random{seed}{at}{view}"
+    named = replace(located, name=name, weights_sha256=f"random-{seed}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if located.modality == "image":

@@ -5,6 +5,7 @@ be encoded in the same way, and a rerun needs no option twice.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from featcache.encoders.interface import (
     locate_encoder,
     resolve_encoder,
     short_name,
+    split_view,
 )
 from featcache.errors import UsageError, WeightsError, WorkspaceError
 from featcache.workspace import Workspace
@@ -33,9 +35,16 @@ class EncoderRequest(Config):
     modality: Modality = Field(description="image or text.")
     name: str = Field(description="As typed: a short name, timm:NAME, hf:NAME or a folder.")
     weights: str | None = Field(None, description="File given by --weights.")
-    image_size: int | None = Field(None, description="Input side in pixels; None: its own.")
+    image_size: int | tuple[int, int] | None = Field(
+        None, description="Input side in pixels, or height and width; None: its own."
+    )
     max_tokens: int | None = Field(None, description="Longest text in tokens; None: its own.")
-    dtype: Literal["float16", "float32"] = Field("float16", description="Type of stored tokens.")
+    layers: tuple[int, ...] | None = Field(None, description="Blocks to store; None: the last.")
+    pool_grid: int | None = Field(None, description="Windows that the grid is averaged over.")
+    decode: Literal["cpu", "gpu"] = Field("cpu", description="Where JPEGs are decoded.")
+    dtype: Literal["float16", "float32", "int8"] = Field(
+        "float16", description="Type of stored tokens."
+    )
     batch_size: int = Field(32, description="Rows of every forward pass.")
     shard_mb: int = Field(512, description="Size of a shard in MiB of tokens.")
 
@@ -142,6 +151,11 @@ def _brings_weights(request: EncoderRequest) -> bool:
     return request.weights is not None or source.startswith(("package:", "folder:"))
 
 
+def _base(request: EncoderRequest) -> str:
+    """An encoder's name without its view: all views share one file of weights."""
+    return split_view(request.name)[0]
+
+
 def assign_weights(
     requests: Sequence[EncoderRequest], weights: Mapping[str, Path]
 ) -> list[EncoderRequest]:
@@ -155,7 +169,7 @@ def assign_weights(
     Raises:
         UsageError: A name is no encoder of this command, or a file without a name fits several.
     """
-    names = [request.name for request in requests]
+    names = [_base(request) for request in requests]
     for name in weights:
         if name and name not in names:
             raise UsageError(
@@ -164,9 +178,9 @@ def assign_weights(
             )
     given = {name: path for name, path in weights.items() if name}
     if "" in weights:
-        open_names = [r.name for r in requests if r.name not in given]
-        lacking = [r.name for r in requests if r.name in open_names and not _brings_weights(r)]
-        candidates = lacking or open_names
+        open_names = [name for name in dict.fromkeys(names) if name not in given]
+        lacking = [_base(r) for r in requests if not _brings_weights(r)]
+        candidates = [name for name in open_names if name in lacking] or open_names
         if len(candidates) != 1:
             raise UsageError(
                 f"the weights file could be for {' or '.join(candidates) or 'no encoder'}",
@@ -175,11 +189,29 @@ def assign_weights(
             )
         given[candidates[0]] = weights[""]
     return [
-        request.model_copy(update={"weights": str(given[request.name].resolve())})
-        if request.name in given
+        request.model_copy(update={"weights": str(given[_base(request)].resolve())})
+        if _base(request) in given
         else request
         for request in requests
     ]
+
+
+def _locate(request: EncoderRequest) -> LocatedEncoder:
+    """Find and hash one encoder's files."""
+    located = locate_encoder(
+        request.name,
+        request.modality,
+        weights=None if request.weights is None else Path(request.weights),
+        image_size=request.image_size,
+        max_tokens=request.max_tokens,
+        layers=request.layers,
+        pool_grid=request.pool_grid,
+    )
+    if request.decode == "gpu" and located.modality == "image":
+        decoder = located.preprocessing.model_copy(update={"decoder": "gpu"})
+        config = located.config.model_copy(update={"preprocessing": decoder})
+        return replace(located, config=config)
+    return located
 
 
 def locate_all(requests: Sequence[EncoderRequest]) -> list[LocatedEncoder]:
@@ -191,15 +223,7 @@ def locate_all(requests: Sequence[EncoderRequest]) -> list[LocatedEncoder]:
     found, missing = [], []
     for request in requests:
         try:
-            found.append(
-                locate_encoder(
-                    request.name,
-                    request.modality,
-                    weights=None if request.weights is None else Path(request.weights),
-                    image_size=request.image_size,
-                    max_tokens=request.max_tokens,
-                )
-            )
+            found.append(_locate(request))
         except WeightsError as error:
             missing.append(error)
     if len(missing) > 1:

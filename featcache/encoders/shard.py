@@ -1,264 +1,390 @@
-"""One shard of a feature set: pictures or texts in, rows of tokens out.
+"""One pass over pictures or texts: files in, rows of tokens out, for several encoders at once.
 
 Every forward pass of a set has the same batch size, because kernels differ by shape: the last
 batch is filled up, unreadable pictures are black and stay in their place, texts are padded to
 multiples of 32. Decoding runs ahead in threads and writing behind in one, while this thread
-encodes; what it had to wait for is measured.
+encodes; on a GPU one batch is computed while the next is being launched. What the encoder had to
+wait for is measured.
 """
 
-import time
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from featcache.cache.format import FLOAT16_MAX
-from featcache.cache.writer import ShardWriter
-from featcache.encoders.decode import Preprocessing, decode_image, to_input
+from featcache.cache.format import FLOAT16_MAX, FeatureSetSpec
+from featcache.encoders.decode import Preprocessing, decode_images, read_picture, to_input
+from featcache.encoders.forward import Forward, Pace, PartStats, Times
 from featcache.encoders.interface import Encoded, ImageEncoder, TextEncoder
 from featcache.errors import ImageError
 
 DECODE_AHEAD = 3  # batches in flight: enough to hide one slow file, and bounded memory
 OnRows = Callable[[int], None]
+Grey = UInt8[np.ndarray, "H W"]
+# One network at a time: while a task syncs and reads back its shard, the next one encodes.
+_TURN = threading.Lock()
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Where rows go: a shard, or whatever else only looks at them."""
+
+    spec: FeatureSetSpec
+
+    def write(
+        self,
+        rows: Int64[np.ndarray, " B"],
+        tokens: Float[np.ndarray, "*shape"],
+        pooled: "Float[np.ndarray, 'B E'] | None" = None,
+    ) -> None:
+        """Take rows; see `ShardWriter.write`."""
+
+    def quarantine(self, row: int) -> None:
+        """Take note that a row has no content."""
 
 
 @dataclass
-class ShardStats:
-    """Where the time of one shard went, and what could not be read.
+class Lane:
+    """One encoder's share of a pass over pictures: the rows of one shard.
 
     Attributes:
-        failures: Row number within the shard and the reason, of each quarantined row.
-        decode_wait_s: Time the encoder waited for pictures (or tokenizing).
-        encode_s: Time spent in forward passes.
-        write_wait_s: Time the encoder waited for the writer.
-        truncated: Texts that were longer than the encoder reads.
-    """
-
-    failures: list[tuple[int, str]] = field(default_factory=list)
-    decode_wait_s: float = 0.0
-    encode_s: float = 0.0
-    write_wait_s: float = 0.0
-    truncated: int = 0
-
-    def add(self, other: "ShardStats") -> None:
-        """Lay another shard's figures over these."""
-        self.failures += other.failures
-        self.decode_wait_s += other.decode_wait_s
-        self.encode_s += other.encode_s
-        self.write_wait_s += other.write_wait_s
-        self.truncated += other.truncated
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to one of the three figures."""
-        started = time.perf_counter()
-        yield
-        setattr(self, name, getattr(self, name) + time.perf_counter() - started)
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How a worker computes; none of it but the autocast type may change a stored byte.
-
-    Attributes:
+        encoder: On the pace's device; several lanes may share it.
+        preprocessing: What this lane's pictures become; its view may differ from the encoder's.
+        first: Row of the pass that is the shard's row 0.
+        count: Rows of the shard.
         batch_size: Rows of every forward pass.
-        threads: Decoding threads.
-        device: `cpu` or `cuda`.
-        autocast: `bfloat16`, or None for plain float32.
+        open: Makes the sink when the first row arrives.
+        close: Called when the last row is written: notes failures, finishes the shard.
+        stats: What becomes of these rows.
     """
 
+    encoder: ImageEncoder
+    preprocessing: Preprocessing
+    first: int
+    count: int
     batch_size: int
-    threads: int
-    device: str
-    autocast: str | None
+    open: Callable[[], Sink]
+    close: Callable[[Sink, PartStats], None]
+    stats: PartStats = field(default_factory=PartStats)
 
-    def precision(self) -> AbstractContextManager[object]:
-        """The autocast context of a forward pass."""
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device.split(":")[0], dtype=getattr(torch, self.autocast))
+
+class _InFlight(NamedTuple):
+    """A batch on its way: computed on the device, not yet written."""
+
+    rows: int
+    ready: Callable[[], None]
+    write: Callable[[], None]
 
 
 class _Behind:
-    """One thread that writes, never more than one batch behind."""
+    """The writing thread, and on a GPU the batch that is still being computed."""
 
-    def __init__(self, pool: ThreadPoolExecutor, stats: ShardStats):
-        self.pool, self.stats = pool, stats
-        self.last: Future[None] | None = None
+    def __init__(self, pool: ThreadPoolExecutor, times: Times, *, on_gpu: bool):
+        self._pool, self._times, self._on_gpu = pool, times, on_gpu
+        self._computing: _InFlight | None = None
+        self._writing: Future[None] | None = None
 
-    def write(self, work: Callable[[], None]) -> None:
-        """Hand over one batch; errors of the batch before are raised here."""
-        self.wait()
-        self.last = self.pool.submit(work)
+    def push(self, batch: _InFlight) -> None:
+        """Take a batch; errors of those before are raised here."""
+        ready, self._computing = self._computing, batch if self._on_gpu else None
+        ready = ready if self._on_gpu else batch
+        if ready is not None:
+            self._hand_over(ready)
 
-    def wait(self) -> None:
-        """Wait for the batch that is being written."""
-        if self.last is not None:
-            with self.stats.timed("write_wait_s"):
-                self.last.result()
+    def drain(self) -> None:
+        """Wait until everything pushed is written."""
+        if self._computing is not None:
+            self._hand_over(self._computing)
+            self._computing = None
+        self._wait()
+
+    def _hand_over(self, batch: _InFlight) -> None:
+        with self._times.timed("encode_s"):
+            batch.ready()
+        self._wait()
+        self._writing = self._pool.submit(batch.write)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            with self._times.timed("write_wait_s"):
+                self._writing.result()
+            self._writing = None
 
 
-def _decode(path: Path, preprocessing: Preprocessing) -> UInt8[np.ndarray, "H W"] | str:
-    """A picture, or the reason why there is none."""
+class _Stored(NamedTuple):
+    """Tokens of one batch on their way to the CPU, in the width they are stored in."""
+
+    tokens: Tensor
+    pooled: Tensor | None
+    fits: Tensor
+    exact: Tensor
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """As numpy; a batch beyond float16 as it was, so that the writer can say which value."""
+        tokens = self.tokens if bool(self.fits) else self.exact.float().cpu()
+        return tokens.numpy(), None if self.pooled is None else self.pooled.numpy()
+
+
+def _store(encoded: Encoded, dtype: str) -> _Stored:
+    """Start the copy to the CPU; on a GPU nothing is waited for."""
+    tokens = encoded.tokens
+    if dtype == "float16":
+        fits = tokens.abs().amax() <= FLOAT16_MAX  # False for a value that is not a number, too
+        tokens = tokens.to(torch.float16)
+    else:
+        fits, tokens = torch.ones((), dtype=torch.bool), tokens.to(torch.float32)
+    pooled = None if encoded.pooled is None else encoded.pooled.float()
+    return _Stored(
+        tokens.to("cpu", non_blocking=True),
+        None if pooled is None else pooled.to("cpu", non_blocking=True),
+        fits.to("cpu", non_blocking=True),
+        encoded.tokens,
+    )
+
+
+def _signal(pace: Pace) -> Callable[[], None]:
+    """A wait for all that was launched on the device up to now."""
+    if not pace.on_gpu:
+        return lambda: None
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    wait: Callable[[], None] = event.synchronize
+    return wait
+
+
+class _File(NamedTuple):
+    """A picture that a GPU is to decode, with the way to it for when it cannot."""
+
+    path: Path
+    content: bytes
+
+
+_Picture = list[Grey] | _File | str
+
+
+def _decode(path: Path | str, preprocessings: Sequence[Preprocessing]) -> _Picture:
+    """One picture for every encoder, or the reason why there is none."""
+    if isinstance(path, str):
+        return path
+    if preprocessings[0].decoder == "gpu":
+        return _File(path, read_picture(path))
     try:
-        return decode_image(path, preprocessing)
+        return decode_images(path, preprocessings)
     except ImageError as error:
         return error.what
 
 
-def _store(encoded: Encoded, dtype: str) -> tuple[Tensor, Tensor | None]:
-    """Bring one batch to the CPU in the width it is stored in.
+class _Filling:
+    """A lane while its rows come in: the batch that is filling up."""
 
-    A batch beyond float16 goes to the writer as it is, which says which row and value it was.
-    """
-    tokens = encoded.tokens
-    fits = dtype == "float16" and bool(tokens.abs().amax() <= FLOAT16_MAX)
-    pooled = None if encoded.pooled is None else encoded.pooled.float().cpu()
-    return tokens.to(torch.float16 if fits else torch.float32).cpu(), pooled
+    def __init__(self, lane: Lane, which: int, pace: Pace):
+        self._lane, self._which, self._pace = lane, which, pace
+        self._forward = Forward(lane.encoder, pace, lane.stats, name=lane.encoder.name)
+        self._sink: Sink | None = None
+        self._start = 0
+        self._empty()
+
+    def _empty(self) -> None:
+        shape = (self._lane.batch_size, *self._lane.preprocessing.image_size)
+        self._greys = np.zeros(shape, dtype=np.uint8)
+        self._files: list[_File | None] = []
+        self._good: list[int] = []
+        self._taken = 0
+
+    def wants(self, row: int) -> bool:
+        """Whether a row of the pass belongs to this lane."""
+        return 0 <= row - self._lane.first < self._lane.count
+
+    def take(self, picture: _Picture) -> bool:
+        """Add the lane's next row; True when a batch is full or the shard ends."""
+        self._sink = self._sink or self._lane.open()
+        self._files.append(picture if isinstance(picture, _File) else None)
+        if not isinstance(picture, _File):
+            grey = picture if isinstance(picture, str) else picture[self._which]
+            self._place(self._taken, grey)
+        self._taken += 1
+        return self._taken == self._lane.batch_size or self._start + self._taken == self._lane.count
+
+    def _place(self, position: int, picture: Grey | str) -> None:
+        """Put a decoded picture into the batch, or quarantine its row."""
+        if isinstance(picture, str):
+            row = self._start + position
+            self._lane.stats.failures.append((row, picture))
+            if self._sink is not None:
+                self._sink.quarantine(row)
+        else:
+            self._greys[position] = picture
+            self._good.append(position)
+
+    def _levels(self) -> UInt8[Tensor, "B H W"]:
+        """The batch on the device; files that wait for a GPU's decoder are decoded there."""
+        if not any(self._files):
+            return _on(torch.from_numpy(self._greys), self._pace)
+        from featcache.encoders.decode_gpu import decode_batch_on_gpu  # noqa: PLC0415
+
+        contents = [b"" if one is None else one.content for one in self._files]
+        decoded = decode_batch_on_gpu(contents, self._lane.preprocessing, self._pace.device)
+        left = set(decoded.fall_back)
+        self._good += [n for n, one in enumerate(self._files) if one and n not in left]
+        for position, one in enumerate(self._files):
+            if one is not None and position in left:
+                cpu = self._lane.preprocessing.model_copy(update={"decoder": "cpu"})
+                picture = _decode(one.path, [cpu])
+                if not isinstance(picture, _File):
+                    self._place(position, picture if isinstance(picture, str) else picture[0])
+        self._good.sort()
+        levels = _on(torch.from_numpy(self._greys), self._pace)
+        # Each is black where the other is not.
+        return levels + _filled_up(decoded.greys, len(levels))
+
+    def flush(self) -> _InFlight:
+        """Encode the batch; what is given back writes it."""
+        lane, sink = self._lane, self._sink
+        if sink is None:
+            raise RuntimeError("a batch without rows")
+        with torch.inference_mode(), self._pace.precision():
+            encoded = self._forward(to_input(self._levels(), lane.preprocessing))
+        stored = _store(encoded, sink.spec.dtype)
+        start, good, taken = self._start, self._good, self._taken
+        self._start += taken
+        self._empty()
+        is_last = self._start == lane.count
+
+        def write() -> None:
+            if good:
+                rows = np.asarray(good, dtype=np.int64)
+                tokens, pooled = stored.arrays()
+                sink.write(start + rows, tokens[rows], None if pooled is None else pooled[rows])
+            if is_last:
+                lane.close(sink, lane.stats)
+
+        return _InFlight(taken, _signal(self._pace), write)
 
 
 def encode_images(
-    encoder: ImageEncoder,
-    shard: ShardWriter,
-    paths: Sequence[Path],
-    pace: Pace,
-    on_rows: OnRows,
-) -> ShardStats:
-    """Fill one shard of an image set.
+    lanes: Sequence[Lane], paths: Sequence[Path | str], pace: Pace, on_rows: OnRows
+) -> Times:
+    """Decode pictures once and give them to every lane that wants them.
 
     Args:
-        encoder: On `pace.device`.
-        shard: Where the rows go; not finished here.
-        paths: One file per row of the shard, in order.
+        lanes: Shards to fill; their rows lie within the pass.
+        paths: One file per row of the pass, in order; a text in place of a path is the reason why
+            the row is not to be read.
         pace: How to compute.
-        on_rows: Called with the number of rows done after each batch.
+        on_rows: Called with the number of rows that were encoded, after each batch.
 
     Returns:
-        Times, and the rows that are quarantined.
+        What the time was spent on; what became of the rows is in each lane's stats.
 
     Raises:
         CacheError: A row does not fit the stored type, or the disk is full.
+        EncoderError: A single row does not fit into the memory.
     """
-    stats = ShardStats()
-    height, width = encoder.preprocessing.image_size
-    starts = range(0, len(paths), pace.batch_size)
+    times = Times()
+    kinds = list(dict.fromkeys(lane.preprocessing for lane in lanes))
+    filling = [_Filling(lane, kinds.index(lane.preprocessing), pace) for lane in lanes]
     with ThreadPoolExecutor(pace.threads) as decoders, ThreadPoolExecutor(1) as writers:
-        behind = _Behind(writers, stats)
-
-        def decode(start: int) -> list[Future[UInt8[np.ndarray, "H W"] | str]]:
-            batch = paths[start : start + pace.batch_size]
-            return [decoders.submit(_decode, path, encoder.preprocessing) for path in batch]
-
-        ahead = deque(decode(start) for start in starts[:DECODE_AHEAD])
-        for index, start in enumerate(starts):
-            greys = np.zeros((pace.batch_size, height, width), dtype=np.uint8)
-            good: list[int] = []
-            with stats.timed("decode_wait_s"):
-                pictures = [future.result() for future in ahead.popleft()]
-            if index + DECODE_AHEAD < len(starts):
-                ahead.append(decode(starts[index + DECODE_AHEAD]))
-            for offset, picture in enumerate(pictures):
-                if isinstance(picture, str):
-                    stats.failures.append((start + offset, picture))
-                    shard.quarantine(start + offset)
-                else:
-                    greys[offset] = picture
-                    good.append(offset)
-            with stats.timed("encode_s"):
-                tokens, pooled = _encode_greys(encoder, greys, pace, shard.spec.dtype)
-            behind.write(_image_rows(shard, start, good, tokens, pooled))
-            on_rows(len(pictures))
-        behind.wait()
-    return stats
-
-
-def _encode_greys(
-    encoder: ImageEncoder, greys: UInt8[np.ndarray, "B H W"], pace: Pace, dtype: str
-) -> tuple[Tensor, Tensor | None]:
-    """One forward pass over decoded pictures."""
-    levels = torch.from_numpy(greys)
-    if pace.device.startswith("cuda"):
-        levels = levels.pin_memory().to(pace.device, non_blocking=True)
-    with torch.inference_mode(), pace.precision():
-        return _store(encoder(to_input(levels, encoder.preprocessing)), dtype)
-
-
-def _image_rows(
-    shard: ShardWriter, start: int, good: list[int], tokens: Tensor, pooled: Tensor | None
-) -> Callable[[], None]:
-    """The writing of one batch, as work for the writing thread."""
-
-    def work() -> None:
-        if good:
-            rows = np.asarray(good, dtype=np.int64)
-            vectors = None if pooled is None else pooled.numpy()[rows]
-            shard.write(start + rows, tokens.numpy()[rows], vectors)
-
-    return work
+        behind = _Behind(writers, times, on_gpu=pace.on_gpu)
+        ahead = DECODE_AHEAD * max(lane.batch_size for lane in lanes)
+        queue = deque(decoders.submit(_decode, path, kinds) for path in paths[:ahead])
+        rest = iter(paths[ahead:])
+        try:
+            with _TURN:
+                for row in range(len(paths)):
+                    with times.timed("decode_wait_s"):
+                        greys = queue.popleft().result()
+                    queue.extend(decoders.submit(_decode, path, kinds) for path in islice(rest, 1))
+                    for one in filling:
+                        if one.wants(row) and one.take(greys):
+                            with times.timed("encode_s"):
+                                batch = one.flush()
+                            behind.push(batch)
+                            on_rows(batch.rows)
+            behind.drain()
+        except BaseException:
+            decoders.shutdown(wait=False, cancel_futures=True)
+            raise
+    return times
 
 
 def encode_texts(
     encoder: TextEncoder,
-    shard: ShardWriter,
+    sink: Sink,
     ids: Sequence[list[int]],
+    batch_size: int,
     pace: Pace,
+    stats: PartStats,
     on_rows: OnRows,
-) -> ShardStats:
+) -> Times:
     """Fill one shard of a text set, shortest texts first so that padding is small.
 
     Args:
         encoder: On `pace.device`.
-        shard: Made for the lengths of `ids`; not finished here.
+        sink: Made for the lengths of `ids`; not finished here.
         ids: Token ids of each row of the shard, in order, special tokens included.
+        batch_size: Rows of every forward pass.
         pace: How to compute.
+        stats: Is told when batches are halved.
         on_rows: Called with the number of rows done after each batch.
 
     Returns:
-        Times; texts do not fail.
+        What the time was spent on; texts do not fail.
 
     Raises:
         CacheError: A row does not fit the stored type, or the disk is full.
+        EncoderError: A single text does not fit into the memory.
     """
-    stats = ShardStats()
+    times = Times()
     lengths = np.asarray([len(row) for row in ids], dtype=np.int64)
     order = np.argsort(lengths, kind="stable")
-    with ThreadPoolExecutor(1) as writers:
-        behind = _Behind(writers, stats)
-        for start in range(0, len(order), pace.batch_size):
-            rows = order[start : start + pace.batch_size]
+    forward = Forward(encoder, pace, stats, name=encoder.name)
+    with ThreadPoolExecutor(1) as writers, _TURN:
+        behind = _Behind(writers, times, on_gpu=pace.on_gpu)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
             batch = [ids[row] for row in rows]
-            batch += [batch[-1]] * (pace.batch_size - len(batch))
-            with stats.timed("encode_s"):
+            batch += [batch[-1]] * (batch_size - len(batch))
+            with times.timed("encode_s"):
                 padded, valid = encoder.pad_batch(batch)
                 with torch.inference_mode(), pace.precision():
-                    encoded = encoder(padded.to(pace.device), valid.to(pace.device))
-                tokens, pooled = _store(encoded, shard.spec.dtype)
-            behind.write(_text_rows(shard, rows, lengths[rows], tokens, pooled))
+                    encoded = forward(_on(padded, pace), _on(valid, pace))
+                stored = _store(encoded, sink.spec.dtype)
+            write = _text_rows(sink, rows, lengths[rows], stored)
+            behind.push(_InFlight(len(rows), _signal(pace), write))
             on_rows(len(rows))
-        behind.wait()
-    return stats
+        behind.drain()
+    return times
+
+
+def _filled_up(greys: UInt8[Tensor, "N H W"], rows: int) -> UInt8[Tensor, "B H W"]:
+    """A last batch with as many black pictures as a whole one needs."""
+    return torch.nn.functional.pad(greys, (0, 0, 0, 0, 0, rows - len(greys)))
+
+
+def _on(tensor: Tensor, pace: Pace) -> Tensor:
+    """A tensor on the pace's device, copied there while this program goes on."""
+    if not pace.on_gpu:
+        return tensor
+    return tensor.pin_memory().to(pace.device, non_blocking=True)
 
 
 def _text_rows(
-    shard: ShardWriter,
-    rows: np.ndarray,
-    lengths: np.ndarray,
-    tokens: Tensor,
-    pooled: Tensor | None,
+    sink: Sink, rows: Int64[np.ndarray, " B"], lengths: Int64[np.ndarray, " B"], stored: _Stored
 ) -> Callable[[], None]:
     """The writing of one batch without its padding, as work for the writing thread."""
 
-    def work() -> None:
-        table = tokens.numpy()
+    def write() -> None:
+        table, pooled = stored.arrays()
         flat = np.concatenate([table[i, :length] for i, length in enumerate(lengths)])
-        vectors = None if pooled is None else pooled.numpy()[: len(rows)]
-        shard.write(rows, flat, vectors)
+        sink.write(rows, flat, None if pooled is None else pooled[: len(rows)])
 
-    return work
+    return write

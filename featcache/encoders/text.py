@@ -23,6 +23,7 @@ from featcache.encoders.interface import (
     Tokenized,
     library_version,
 )
+from featcache.encoders.tokens import choose_blocks, token_record
 from featcache.encoders.weights import Shelf, check_pin, open_shelf
 from featcache.errors import EncoderError, UsageError, WeightsError
 
@@ -30,6 +31,7 @@ _BERT = ("bert", "cxr-bert")
 # These count positions from after the padding id, so two of their positions are never used.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 _NO_LIMIT = 10**9
+_FINAL_NORMS = ("norm", "final_norm", "final_layer_norm", "ln_f")
 
 
 class FrozenTextEncoder:
@@ -62,6 +64,12 @@ class FrozenTextEncoder:
         network.eval().requires_grad_(False).float().to(device)
         self._network = network
         self.num_parameters = sum(parameter.numel() for parameter in network.parameters())
+        # BERT ends in its last block; behind another network's final norm inner blocks mean little
+        ends = not any(hasattr(network, name) for name in _FINAL_NORMS)
+        self._depth = getattr(network.config, "num_hidden_layers", None) if ends else None
+        self._blocks = choose_blocks(
+            located.config.layers, self._depth, encoder=self.name, network=located.network
+        )
         ids, valid = self.pad_batch([whole])
         encoded = self(ids.to(device), valid.to(device))
         self.dim = int(encoded.tokens.shape[2])
@@ -71,9 +79,10 @@ class FrozenTextEncoder:
     def _check(self, encoded: Encoded) -> None:
         """Compare what the network gave with what the preset says."""
         expected = self.located.config.dim
-        if expected is not None and expected != self.dim:
+        found = self.dim // max(1, len(self._blocks))
+        if expected is not None and expected != found:
             raise EncoderError(
-                f"`{self.name}` has dim = {self.dim}, its preset says {expected}",
+                f"`{self.name}` has dim = {found}, its preset says {expected}",
                 where=self.located.network,
                 fix="correct the preset, or give the weights of the network it names",
             )
@@ -106,9 +115,13 @@ class FrozenTextEncoder:
     def __call__(self, ids: Int64[Tensor, "B T"], valid: Bool[Tensor, "B T"]) -> Encoded:
         """Encode a padded batch; see `TextEncoder`."""
         with torch.inference_mode():
-            output = self._network(input_ids=ids, attention_mask=valid.long())
+            asked = {"output_hidden_states": True} if self._blocks else {}
+            output = self._network(input_ids=ids, attention_mask=valid.long(), **asked)
             tokens = output.last_hidden_state  # B T D
-            return Encoded(tokens, self._pool(tokens, valid))
+            pooled = self._pool(tokens, valid)
+            if self._blocks:
+                tokens = torch.cat([output.hidden_states[block] for block in self._blocks], -1)
+            return Encoded(tokens, pooled)
 
     def _pool(
         self, tokens: Float[Tensor, "B T D"], valid: Bool[Tensor, "B T"]
@@ -140,7 +153,7 @@ class FrozenTextEncoder:
             library=config.library,
             library_version=library_version(config.library),
             weights_sha256=self.located.weights_sha256,
-            preprocessing=preprocessing,
+            preprocessing=preprocessing | token_record(config, self._depth),
             tokenizer_sha256=self.located.tokenizer_sha256,
             num_prefix_tokens=self.num_prefix_tokens,
             max_tokens=self.max_tokens,

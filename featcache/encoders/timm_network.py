@@ -1,5 +1,6 @@
 """Networks of the timm library, built from files alone."""
 
+import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -7,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from pydantic import JsonValue
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from featcache.config import canonical_json, read_json, validate
-from featcache.encoders.decode import Preprocessing
-from featcache.encoders.interface import EncoderConfig, Features, Forward, LocatedEncoder
+from featcache.encoders.interface import Built, EncoderConfig, Features, LocatedEncoder
+from featcache.encoders.preprocessing import Preprocessing
 from featcache.encoders.weights import (
     Shelf,
     check_keys,
@@ -137,7 +139,7 @@ def _options(folder: Path | None) -> dict[str, JsonValue]:
     return {key: value for key, value in options.items() if key not in ("img_size", "num_classes")}
 
 
-def build_timm(located: LocatedEncoder, *, random: bool = False) -> tuple[nn.Module, Forward]:
+def build_timm(located: LocatedEncoder, *, random: bool = False) -> Built:
     """Build the network, and fill it unless random weights are asked for by name.
 
     Raises:
@@ -180,7 +182,17 @@ def build_timm(located: LocatedEncoder, *, random: bool = False) -> tuple[nn.Mod
         _fill(network, located, registered)
     if config.state_dict == "ordered":
         network.reset_classifier(0)
-    return network, lambda images: _forward(network, images)
+    return Built(
+        network, lambda images, blocks: _forward(network, images, blocks), _count_blocks(network)
+    )
+
+
+def _count_blocks(network: Any) -> int | None:
+    """How many blocks a vision transformer has; None for what goes on in stages of other sizes."""
+    if not hasattr(network, "blocks") or not hasattr(network, "forward_intermediates"):
+        return None
+    options = inspect.signature(network.forward_intermediates).parameters
+    return len(network.blocks) if {"norm", "return_prefix_tokens"} <= set(options) else None
 
 
 def _fill(network: nn.Module, located: LocatedEncoder, registered: Mapping[str, Any]) -> None:
@@ -229,9 +241,9 @@ def _by_order(tensors: Mapping[str, Tensor], network: nn.Module, where: Path) ->
     return {key: have for (_, have), (key, _) in pairs}
 
 
-def _forward(network: Any, images: Tensor) -> Features:
-    """Last-layer tokens and timm's own pooled vector."""
-    features = network.forward_features(images)
+def _forward(network: Any, images: Tensor, blocks: tuple[int, ...]) -> Features:
+    """Last-layer tokens, timm's own pooled vector, and tokens of inner blocks."""
+    features, layers = _run(network, images, blocks)
     pooled = network.forward_head(features, pre_logits=True)
     pooled = pooled if pooled.ndim == 2 else None
     if features.ndim == 4 and getattr(network, "output_fmt", "NCHW") == "NHWC":
@@ -249,4 +261,24 @@ def _forward(network: Any, images: Tensor) -> Features:
             f"the tokens of `{type(network).__name__}` are no prefix and grid",
             fix="use another network; ViT, DINOv2, Swin, ConvNeXt and CNNs are known to work",
         )
-    return Features(features, (grid[0], grid[1]), pooled, is_map=False)
+    return Features(features, (grid[0], grid[1]), pooled, is_map=False, layers=layers)
+
+
+def _run(
+    network: Any, images: Tensor, blocks: tuple[int, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What the last layer gives, and tokens of inner blocks behind the network's final norm."""
+    if not blocks:
+        return network.forward_features(images), ()
+    numbers = sorted(set(blocks))
+    features, found = network.forward_intermediates(
+        images,
+        indices=[number - 1 for number in numbers],
+        return_prefix_tokens=True,
+        norm=True,
+        output_fmt="NLC",
+    )
+    # each is patch tokens, or patch tokens and prefix tokens where there are any of these
+    whole = [torch.cat(each[::-1], 1) if isinstance(each, tuple) else each for each in found]
+    layers = dict(zip(numbers, whole, strict=True))
+    return features, tuple(layers[number] for number in blocks)

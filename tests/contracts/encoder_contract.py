@@ -1,14 +1,21 @@
 """What every encoder must hold to; the test class of each one inherits one of these."""
 
 import pickle
+from dataclasses import replace
 
+import pytest
 import torch
 
 from featcache.cache.format import FeatureSetSpec
 
 
+def asked(encoder, **changes):
+    """Where an encoder is, with more asked of it."""
+    return replace(encoder.located, config=encoder.located.config.model_copy(update=changes))
+
+
 class EncoderContract:
-    """Both modalities. A subclass gives the fixture `encoder`."""
+    """Both modalities. A subclass gives the fixture `encoder`; `batch` is what to call it with."""
 
     def test_its_weights_are_frozen_in_float32(self, encoder):
         assert encoder.num_parameters > 0
@@ -33,12 +40,41 @@ class EncoderContract:
         sent = pickle.dumps(encoder.located)
         assert len(sent) < 10_000
         assert pickle.loads(sent) == encoder.located
+        assert hash(pickle.loads(sent).network_key) == hash(encoder.located.network_key)
+
+    def test_its_last_layer_by_number_is_what_it_gives_anyway(self, encoder, batch):
+        again = type(encoder)(asked(encoder, layers=(-1,)))
+        for one, other in zip(encoder(*batch), again(*batch), strict=True):
+            assert torch.equal(one, other)
+        assert again.dim == encoder.dim
+        assert "layers" not in encoder.spec(batch_size=4).preprocessing
+        assert again.spec(batch_size=4).fingerprint != encoder.spec(batch_size=4).fingerprint
 
 
 class ImageEncoderContract(EncoderContract):
     """A subclass also gives `images`: a normalised batch of at least 3 different pictures."""
 
     slack = 0  # tokens by which a network with a wide view may miss a lit patch
+
+    @pytest.fixture
+    def batch(self, images):
+        return (images,)
+
+    def test_its_grid_can_be_pooled(self, encoder, images):
+        height, width = encoder.grid
+        pooled = type(encoder)(asked(encoder, pool_grid=2))
+        tokens, vectors = pooled(images)
+        assert pooled.grid == (-(-height // 2), -(-width // 2))
+        spec = pooled.spec(batch_size=4)
+        assert (spec.grid, spec.num_tokens) == (pooled.grid, tokens.shape[1])
+        assert spec.preprocessing["pool_grid"] == 2
+        assert "pool_grid" not in encoder.spec(batch_size=4).preprocessing
+        prefix = encoder.num_prefix_tokens
+        whole = encoder(images)
+        assert torch.equal(vectors, whole.pooled)
+        assert torch.equal(tokens[:, :prefix], whole.tokens[:, :prefix])
+        corner = whole.tokens[:, prefix:].reshape(len(images), height, width, -1)[:, :2, :2]
+        assert torch.allclose(tokens[:, prefix], corner.mean((1, 2)), atol=1e-5)
 
     def test_tokens_are_prefix_plus_grid(self, encoder, images):
         height, width = encoder.grid
@@ -81,6 +117,10 @@ class ImageEncoderContract(EncoderContract):
 
 class TextEncoderContract(EncoderContract):
     """A subclass also gives `texts`: at least 3 texts of different lengths."""
+
+    @pytest.fixture
+    def batch(self, encoder, texts):
+        return encoder.pad_batch(encoder.tokenize(texts).ids)
 
     def test_special_tokens_stand_at_both_ends(self, encoder, texts):
         ids = encoder.tokenize(texts).ids

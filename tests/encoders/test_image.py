@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import inspect
 import json
 import sys
 import types
@@ -10,8 +11,18 @@ import pytest
 import timm
 import torch
 from contracts.encoder_contract import ImageEncoderContract
+from encoders.conftest import stir
 from safetensors.torch import load_file, save_file
-from transformers import Dinov2Model
+from timm.layers import resample_abs_pos_embed
+from timm.models import save_for_hf
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from featcache.encoders.decode import Preprocessing, to_input
 from featcache.encoders.interface import load_encoder, locate_encoder, random_encoder
@@ -138,6 +149,129 @@ def test_a_size_of_no_whole_patches_is_refused_with_sizes_that_are(folders, kind
 def test_an_image_size_below_one_is_refused(folders):
     with pytest.raises(UsageError, match="0 pixels"):
         load(folders["vit"], image_size=0)
+
+
+@pytest.mark.parametrize("kind", ["vit", "registers"])
+def test_inner_layers_of_timm_pass_its_last_norm(folders, kind):
+    encoder = load(folders[kind], layers=(1, 2))
+    network = timm.create_model(f"local-dir:{folders[kind]}", pretrained=True).eval()
+    images = pictures(encoder)
+    with torch.inference_mode():
+        x = network.norm_pre(network._pos_embed(network.patch_embed(images)))
+        inner = network.norm(network.blocks[0](x))
+    tokens, pooled = encoder(images)
+    plain = load(folders[kind])
+    assert torch.equal(tokens, torch.cat([inner, plain(images).tokens], -1))
+    assert torch.equal(pooled, plain(images).pooled)
+    assert encoder.dim == 2 * plain.dim == tokens.shape[2]
+    assert encoder.spec(batch_size=4).preprocessing["layers"] == [1, 2]
+    swapped = load(folders[kind], layers=(-1, -2))
+    assert torch.equal(swapped(images).tokens, torch.cat(tokens.chunk(2, -1)[::-1], -1))
+    assert swapped.spec(batch_size=4).preprocessing["layers"] == [2, 1]
+    assert torch.equal(load(folders[kind], layers=(1,))(images).tokens, inner)
+
+
+def save_vision(folder, model, config):
+    stir(model(config(**SMALL, num_hidden_layers=3))).save_pretrained(folder)
+    return folder
+
+
+SMALL = {
+    "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+FAMILIES = [
+    (Dinov2Model, Dinov2Config),
+    (ViTModel, ViTConfig),
+    (Dinov2WithRegistersModel, Dinov2WithRegistersConfig),
+]
+
+
+@pytest.mark.parametrize(("model", "config"), FAMILIES)
+def test_inner_layers_of_transformers_pass_its_last_norm(tmp_path, model, config):
+    folder = save_vision(tmp_path, model, config)
+    encoder, plain = load(folder, layers=(2, 3)), load(folder)
+    network = model.from_pretrained(folder).eval()
+    images = pictures(encoder)
+    with torch.inference_mode():
+        states = network(images, output_hidden_states=True).hidden_states
+        inner = network.layernorm(states[2])
+    tokens, pooled = encoder(images)
+    assert torch.equal(tokens, torch.cat([inner, plain(images).tokens], -1))
+    assert torch.equal(pooled, plain(images).pooled)
+    with pytest.raises(UsageError, match="has 3 layers, 4 were asked for"):
+        load(folder, layers=(4,))
+
+
+@pytest.mark.parametrize("kind", ["swin", "cnn"])
+def test_a_network_of_stages_has_its_last_layer_alone(folders, kind):
+    with pytest.raises(UsageError, match="no row of equal blocks") as caught:
+        load(folders[kind], layers=(1,))
+    assert caught.value.fix.startswith("--layers -1")
+    assert load(folders[kind], layers=(-1,)).spec(batch_size=1).preprocessing["layers"] == [-1]
+
+
+def test_inner_tokens_that_do_not_end_as_the_encoders_are_refused(folders, monkeypatch):
+    """A network whose last block is not what it gives: its inner blocks mean something else."""
+    forward = timm.models.VisionTransformer.forward_intermediates
+
+    def other(self, *arguments, **options):
+        return forward(self, *arguments, **(options | {"norm": False}))
+
+    other.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(timm.models.VisionTransformer, "forward_intermediates", other)
+    with pytest.raises(UsageError, match="no row of equal blocks"):
+        load(folders["vit"], layers=(1, 2))
+
+
+def test_layers_and_a_coarser_grid_go_together(folders):
+    encoder = load(folders["registers"], layers=(1, 2), pool_grid=2)
+    tokens, _ = encoder(pictures(encoder))
+    assert tokens.shape == (3, 5 + 1, 2 * 48)
+    spec = encoder.spec(batch_size=4)
+    assert (spec.grid, spec.num_tokens, spec.dim) == ((1, 1), 6, 96)
+
+
+def test_equal_layers_have_one_fingerprint_however_they_are_counted(folders):
+    spec = [load(folders["vit"], layers=layers).spec(batch_size=4) for layers in ((1, 2), (-2, -1))]
+    assert spec[0].fingerprint == spec[1].fingerprint
+
+
+def test_a_preset_may_say_layers_and_pooling(folders):
+    folder = folders["vit"]
+    path = write_preset(folder, folder.parent / "deep.yaml", layers=[1, 2], pool_grid=2, dim=192)
+    encoder = load(path)
+    assert (encoder.dim, encoder.grid) == (384, (1, 1))
+    assert load(path, layers=(2,), pool_grid=1).grid == (2, 2)
+
+
+def test_a_stored_grid_that_is_no_square_is_no_square_for_transformers_either(tmp_path):
+    wide = SMALL | {"image_size": (28, 56)}
+    stir(ViTModel(ViTConfig(**wide, num_hidden_layers=1))).save_pretrained(tmp_path / "vit")
+    encoder = load(tmp_path / "vit")
+    assert encoder.grid == (2, 4)
+    ImageEncoderContract().test_grid_token_r_c_sees_the_patch_r_c(encoder)
+    with pytest.raises(UsageError, match="as if 28 x 56 pixels were a square") as caught:
+        load(tmp_path / "vit", image_size=56)
+    assert caught.value.fix == "--image-size 28x56"
+    stir(Dinov2Model(Dinov2Config(**wide, num_hidden_layers=1))).save_pretrained(tmp_path / "dino")
+    with pytest.raises(UsageError, match="were a square"):  # 2 x 4 here; 2 x 8 would pass unseen
+        load(tmp_path / "dino")
+
+
+@pytest.mark.parametrize("stored", [(32, 64), (64, 64)])
+@pytest.mark.parametrize("asked", [(64, 32), (32, 128), (64, 64)])
+def test_timm_resamples_from_the_grid_that_is_stored(tmp_path, stored, asked):
+    """8 or 16 positions in another shape have to be resampled too, though their number fits."""
+    network = stir(
+        timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=stored, depth=1)
+    )
+    save_for_hf(network, tmp_path, safe_serialization=True)
+    encoder = load(tmp_path, image_size=asked)
+    grid = tuple(side // 16 for side in stored)
+    assert encoder.grid == tuple(side // 16 for side in asked)
+    wanted = resample_abs_pos_embed(network.pos_embed, encoder.grid, grid, num_prefix_tokens=1)
+    assert torch.equal(encoder._network.pos_embed, wanted)
 
 
 def write_preset(folder, path, **values):

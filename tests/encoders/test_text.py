@@ -13,6 +13,8 @@ from transformers import (
     BertForMaskedLM,
     BertModel,
     BertTokenizer,
+    ModernBertConfig,
+    ModernBertModel,
     RobertaConfig,
     RobertaModel,
     RobertaTokenizer,
@@ -65,6 +67,28 @@ class TestSmallBert(TextEncoderContract):
 
     def test_no_text_gives_no_ids(self, encoder):
         assert encoder.tokenize([]) == ([], [])
+
+
+def test_inner_layers_are_the_hidden_states(folders):
+    encoder, plain = load(folders["bert"], layers=(1, 2)), load(folders["bert"])
+    network = BertModel.from_pretrained(folders["bert"], add_pooling_layer=False).eval()
+    ids, valid = encoder.pad_batch(encoder.tokenize(TEXTS).ids)
+    with torch.inference_mode():
+        output = network(ids, attention_mask=valid.long(), output_hidden_states=True)
+    tokens, pooled = encoder(ids, valid)
+    wanted = torch.cat([output.hidden_states[1], output.last_hidden_state], -1)
+    assert torch.equal(tokens, wanted)
+    assert torch.equal(pooled, plain(ids, valid).pooled)
+    spec = encoder.spec(batch_size=4)
+    assert (spec.dim, spec.pooled_dim, spec.preprocessing["layers"]) == (64, 32, [1, 2])
+    with pytest.raises(UsageError, match="has 2 layers, -3 were asked for"):
+        load(folders["bert"], layers=(-3,))
+
+
+def test_tokens_of_texts_have_no_grid_to_pool(folders):
+    with pytest.raises(UsageError, match="no grid") as caught:
+        locate_encoder(str(folders["bert"]), "text", pool_grid=2)
+    assert caught.value.where == "--pool-grid"
 
 
 @pytest.mark.parametrize("pooled", ["mean", "normalized_mean"])
@@ -244,6 +268,20 @@ def test_another_family_brings_its_own_tokenizer(tmp_path):
     ids, valid = encoder.pad_batch(ids)
     assert ids.shape == (2, 40)
     assert encoder(ids, valid).tokens.shape == (2, 40, 32)
+
+
+def test_behind_a_final_norm_there_are_no_inner_layers_to_ask_for(tmp_path):
+    """ModernBERT's inner states lack the norm that its tokens pass."""
+    save_roberta(tmp_path)
+    config = ModernBertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=40, max_position_embeddings=40, pad_token_id=1, cls_token_id=0, sep_token_id=2,
+        bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    ModernBertModel(config).eval().save_pretrained(tmp_path)
+    assert load(tmp_path).dim == 32
+    with pytest.raises(UsageError, match="only its last layer can be stored"):
+        load(tmp_path, layers=(1,))
 
 
 @pytest.mark.parametrize("offline", ["", "1"])

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from featcache.datasets.sample import compose_text, sample_folder
-from featcache.extract import ExtractConfig, extract
+from featcache.extract.command import extract
+from featcache.extract.config import ExtractConfig
 from featcache.manifest.table import write_manifest
 from featcache.workspace import Workspace
 
@@ -61,7 +62,7 @@ def extracted(tmp_path_factory) -> Workspace:
     """Twenty pictures in three shards, their texts in one, made by one worker."""
     root = tmp_path_factory.mktemp("extracted")
     workspace = write_sample_manifest(root, sample_rows(20), image_root=sample_folder())
-    extract(workspace, CONFIG, backbone="lite0-demo", text_encoder="minilm-demo")
+    extract(workspace, CONFIG, backbones=["lite0-demo"], text_encoders=["minilm-demo"])
     return workspace
 
 

@@ -23,13 +23,13 @@ from featcache.errors import (
     UsageError,
     WeightsError,
 )
-from featcache.extract import extract
+from featcache.extract.command import extract
 from featcache.manifest.table import open_manifest
 from featcache.workspace import Workspace
 
 pytestmark = pytest.mark.weights
 
-BOTH = {"backbone": "lite0-demo", "text_encoder": "minilm-demo"}
+BOTH = {"backbones": ["lite0-demo"], "text_encoders": ["minilm-demo"]}
 
 
 def test_cached_image_tokens_are_those_of_the_encoder(extracted):
@@ -100,7 +100,7 @@ def test_an_unreadable_picture_is_quarantined_and_shifts_no_row(extracted, tmp_p
     victim.write_bytes(whole[: len(whole) * 6 // 10])
     workspace = write_sample_manifest(tmp_path / "ws", rows, image_root=images)
     with pytest.raises(EncoderError, match="1 unreadable row of 20") as caught:
-        extract(workspace, CONFIG, backbone="lite0-demo", text_encoder="none")
+        extract(workspace, CONFIG, backbones=["lite0-demo"], text_encoders=["none"])
     assert "failures.parquet" in str(caught.value)
     got = FeatureSet.open(workspace.feature_set("image"))
     clean = FeatureSet.open(extracted.feature_set("image"))
@@ -111,10 +111,10 @@ def test_an_unreadable_picture_is_quarantined_and_shifts_no_row(extracted, tmp_p
     assert not got.read_tokens(np.asarray([bad])).any()
 
     allowed = CONFIG.model_copy(update={"max_failures": 1.0})
-    result = extract(workspace, allowed, text_encoder="none")
+    result = extract(workspace, allowed, text_encoders=["none"])
     assert "1 unreadable row" in result.to_text()
     victim.write_bytes(whole)
-    result = extract(workspace, allowed, text_encoder="none")
+    result = extract(workspace, allowed, text_encoders=["none"])
     assert result.sets[0].missing_shards == 1
     mended = FeatureSet.open(workspace.feature_set("image"))
     assert mended.valid.all()
@@ -131,10 +131,10 @@ def test_a_changed_picture_is_refused_by_its_key(copied, tmp_path):
         shutil.copy2(sample_folder() / row["image_path"], pictures / row["image_path"])
     workspace = write_sample_manifest(tmp_path / "ws", rows[:4], image_root=pictures)
     one = CONFIG.model_copy(update={"batch_size": 2})
-    extract(workspace, one, backbone="lite0-demo", text_encoder="none")
+    extract(workspace, one, backbones=["lite0-demo"], text_encoders=["none"])
     os.utime(pictures / rows[2]["image_path"], ns=(1, 1))
     with pytest.raises(CacheError, match=rows[2]["key"]):
-        extract(workspace, one, backbone="lite0-demo", text_encoder="none")
+        extract(workspace, one, backbones=["lite0-demo"], text_encoders=["none"])
 
 
 def test_another_size_is_refused_with_both_values(copied):
@@ -146,7 +146,7 @@ def test_another_size_is_refused_with_both_values(copied):
 def test_an_encoder_without_weights_fails_before_any_work(copied):
     started = time.monotonic()
     with pytest.raises(WeightsError) as caught:
-        extract(copied, CONFIG, backbone="vit-b")
+        extract(copied, CONFIG, backbones=["vit-b"])
     assert time.monotonic() - started < 20
     message = str(caught.value)
     for words in ("--weights vit-b=", "hub", "featcache[demo]", "lite0-demo"):
@@ -157,22 +157,22 @@ def test_an_encoder_without_weights_fails_before_any_work(copied):
 
 def test_an_unknown_backbone_offers_the_nearest(copied):
     with pytest.raises(UsageError, match="did you mean `vit-b`"):
-        extract(copied, CONFIG, backbone="vitb")
+        extract(copied, CONFIG, backbones=["vitb"])
 
 
 def test_none_leaves_a_side_out_and_both_none_is_refused(extracted, tmp_path):
     workspace = write_sample_manifest(tmp_path, sample_rows(4), image_root=sample_folder())
-    result = extract(workspace, CONFIG, backbone="none", text_encoder="minilm-demo")
+    result = extract(workspace, CONFIG, backbones=["none"], text_encoders=["minilm-demo"])
     assert [made.name for made in result.sets] == ["text/minilm-demo"]
     with pytest.raises(UsageError, match="both sides are none"):
-        extract(workspace, CONFIG, backbone="none", text_encoder="none")
+        extract(workspace, CONFIG, backbones=["none"], text_encoders=["none"])
 
 
 def test_a_manifest_without_texts_is_image_only(tmp_path):
     workspace = write_sample_manifest(
         tmp_path, sample_rows(4), image_root=sample_folder(), texts=False
     )
-    result = extract(workspace, CONFIG, backbone="lite0-demo")
+    result = extract(workspace, CONFIG, backbones=["lite0-demo"])
     assert [made.name for made in result.sets] == ["image/lite0-demo"]
 
 
@@ -213,7 +213,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(number, code, extracted, tmp_pa
     assert "Traceback" not in error
     if number == signal.SIGINT:
         assert "the same command goes on" in error
-    extract(workspace, CONFIG, backbone="lite0-demo", text_encoder="none")
+    extract(workspace, CONFIG, backbones=["lite0-demo"], text_encoders=["none"])
     want = {k: v for k, v in shard_hashes(extracted).items() if "image" in k}
     assert shard_hashes(workspace) == want
     assert not list(workspace.features.rglob("*.partial-*"))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from featcache.adaptor.train import load_run_config, train
 from featcache.datasets.sample import sample_folder
-from featcache.extract import extract
+from featcache.extract.command import extract
 
 SOURCE = Path(__file__).parents[2]
 COUNTS = {"train": 4, "validate": 2, "test": 3}  # of each class
@@ -38,7 +38,7 @@ def trained_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("trained") / "featcache-data"
     rows = balanced_rows()
     workspace = write_sample_manifest(root, rows, image_root=sample_folder(), name="demo")
-    extract(workspace, CONFIG, backbone="lite0-demo", text_encoder="minilm-demo")
+    extract(workspace, CONFIG, backbones=["lite0-demo"], text_encoders=["minilm-demo"])
     train(workspace, load_run_config(None, TINY))
     return root
 
