@@ -382,6 +382,35 @@ def retrieve(
     _emit(result, as_json)
 
 
+@app.command()
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Benches, see --list; none named: all.")
+    ] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Only say which there are.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes, to see that they work; no figures.")
+    ] = False,
+    settings: Settings = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure this machine's speed against its own limits, each a ratio with a goal."""
+    _workspace(None, quiet)
+    from featcache.bench.command import BenchConfig, list_benches, run_benches
+    from featcache.config import load_config
+
+    config = load_config(BenchConfig, overrides=settings or ())
+    if show_list:
+        _emit(list_benches(names or ()), as_json)
+        return
+    report = run_benches(names or (), config, device=device, quick=quick)
+    _emit(report, as_json)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
 def _complain(error: Exception, code: int) -> int:
     """Print an error's lines on stderr."""
     encoding = sys.stderr.encoding or "ascii"

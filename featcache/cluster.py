@@ -2,9 +2,11 @@
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import dask
@@ -17,14 +19,18 @@ from featcache.encoders.task import (
     ShardTask,
     TaskStats,
     count_rows,
+    count_scale_rows,
     make_shards,
     measure_scale,
     try_rows,
+    try_scale_rows,
 )
 from featcache.errors import EncoderError, UsageError
 
 ROWS_TOPIC = "featcache-rows"
-POISON = "the worker process died every time it read this row"
+POISON = (
+    "the worker process died every time it read this row: it crashed, or its memory did not suffice"
+)
 # A task that was on a worker when it died twice is suspected; Dask's own patience is four deaths.
 _SCHEDULER = {
     "distributed.scheduler.allowed-failures": 1,
@@ -32,6 +38,8 @@ _SCHEDULER = {
 }
 # Two tasks at a time, of which one encodes while the other syncs and reads back its shard.
 _TASKS = 2
+ANSWER_S = 10
+"""Seconds that a scheduler gets to answer."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ def connect(scheduler: str | None, environments: Sequence[dict[str, str]]) -> It
     logging.getLogger("distributed").setLevel(quiet)
     if scheduler is not None:
         try:
-            client = Client(scheduler, timeout=10)
+            client = Client(scheduler, timeout=ANSWER_S)
         except (OSError, ValueError):
             raise UsageError(
                 "no Dask scheduler answers", where=scheduler, fix="dask scheduler, then try again"
@@ -123,6 +131,7 @@ def connect(scheduler: str | None, environments: Sequence[dict[str, str]]) -> It
     local = {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}
     head = {"cls": Scheduler, "options": local}
     with (
+        _unseen_main(),
         dask.config.set(_SCHEDULER),
         SpecCluster(workers=workers, scheduler=head, silence_logs=quiet) as cluster,
         Client(cluster) as client,
@@ -130,11 +139,40 @@ def connect(scheduler: str | None, environments: Sequence[dict[str, str]]) -> It
         yield client
 
 
+@contextmanager
+def _unseen_main() -> Iterator[None]:
+    """Start workers without running the user's program in them, which they do not need.
+
+    Python's `spawn` imports it there: without `if __name__ == "__main__"` it would extract again,
+    and one that came by standard input cannot be found.
+    """
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
+
+
 def find_scales(client: Client, tasks: Sequence[ShardTask]) -> None:
-    """Have the channel scale of int8 sets measured, before any of their shards is made."""
-    for future in as_completed([client.submit(measure_scale, one, pure=False) for one in tasks]):
-        future.result()
-        future.release()
+    """Have the channel scale of int8 sets measured, before any of their shards is made.
+
+    Raises:
+        EncoderError: Measuring kills its workers, but none of the rows does so alone.
+        FeatcacheError: What a task raised.
+    """
+    waiting = {client.submit(measure_scale, one, pure=False): one for one in tasks}
+    deadly: list[ShardTask] = []
+    for future in as_completed(list(waiting)):
+        try:
+            future.result()
+        except KilledWorker:
+            deadly.append(waiting[future])
+        finally:
+            future.release()
+    for one in deadly:
+        title = f"the range of {one.parts[0].folder.name}"
+        _without_poison(client, one, title, measure_scale, try_scale_rows, count_scale_rows(one))
 
 
 def run_tasks(
@@ -174,7 +212,10 @@ def run_tasks(
             finally:
                 future.release()  # else Dask would repeat it when its worker dies
         for one in deadly:
-            yield Done(one, _without_poison(client, one))
+            title = f"shard {one.parts[0].number} of {one.parts[0].folder.name}"
+            rows = count_rows(one)
+            stats = _without_poison(client, one, title, _make_shards, try_rows, rows)
+            yield Done(one, stats)
     finally:
         client.unsubscribe_topic(ROWS_TOPIC)
         client.cancel(list(waiting))
@@ -191,14 +232,19 @@ def _survives(client: Client, function: Callable[..., Any], *arguments: Any) -> 
         future.release()
 
 
-def _without_poison(client: Client, task: ShardTask) -> TaskStats:
-    """Make a deadly task's shards without the rows that kill."""
-    title = f"shard {task.parts[0].number} of {task.parts[0].folder.name}"
+def _without_poison(
+    client: Client,
+    task: ShardTask,
+    title: str,
+    function: Callable[..., Any],
+    attempt: Callable[[ShardTask, range], bool],
+    rows: int,
+) -> Any:
+    """Run a deadly task without the rows that kill."""
     note(f"{title} killed its worker again and again: looking for the row")
-    poison = dict.fromkeys(_deadly_rows(client, task, range(count_rows(task))), POISON)
-    clean = replace(task, poison=poison)
-    stats: TaskStats | None = _survives(client, _make_shards, clean)
-    if stats is None:
+    poison = dict.fromkeys(_deadly_rows(client, task, attempt, range(rows)), POISON)
+    result = _survives(client, function, replace(task, poison=poison))
+    if result is None:
         raise EncoderError(
             f"{title} kills its worker, but no row of it does so alone; most likely it is too large"
             " for the memory",
@@ -206,14 +252,17 @@ def _without_poison(client: Client, task: ShardTask) -> TaskStats:
             fix="fewer --workers, a smaller --image-size or --set batch_size=N, or a machine with "
             "more memory",
         )
-    return stats
+    return result
 
 
-def _deadly_rows(client: Client, task: ShardTask, rows: range) -> list[int]:
+def _deadly_rows(
+    client: Client, task: ShardTask, attempt: Callable[[ShardTask, range], bool], rows: range
+) -> list[int]:
     """The rows that kill a worker, found by halving."""
-    if _survives(client, try_rows, task, rows) is not None:
+    if _survives(client, attempt, task, rows) is not None:
         return []
     if len(rows) == 1:
         return list(rows)
     middle = len(rows) // 2
-    return _deadly_rows(client, task, rows[:middle]) + _deadly_rows(client, task, rows[middle:])
+    halves = (rows[:middle], rows[middle:])
+    return [row for half in halves for row in _deadly_rows(client, task, attempt, half)]

@@ -4,11 +4,13 @@ A schema is a `Config` that stands beside what it configures; this module only l
 precedence is: defaults in the schema, then one YAML file, then `KEY=VALUE` overrides.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from featcache.errors import CacheError, ConfigError, UsageError, nearest
+from featcache.partial import partial_path, remove_dead_partials
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 
@@ -224,14 +227,43 @@ def canonical_json(values: Any) -> str:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
+@contextlib.contextmanager
+def explained_refusals(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into a sentence.
+
+    Raises:
+        CacheError: The disk is full, or the file cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CacheError(
+                "the disk is full, or your quota is",
+                where=path,
+                fix="free some space and run the same command again: what is complete is kept",
+            ) from None
+        raise CacheError(f"the file cannot be written: {error.strerror}", where=path) from None
+
+
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file beside its place, sync it, and rename: it is old or new, never half."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Write a small file beside its place, sync it, and rename: it is old or new, never half.
+
+    Raises:
+        CacheError: The disk is full, or the file cannot be written.
+    """
+    hidden = path.with_name(f".{path.name}")  # so that nobody reads it as a part of a table
+    remove_dead_partials(path.parent, hidden.name)
+    partial = partial_path(hidden)
+    with explained_refusals(path):
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -40,6 +40,11 @@ def set_quiet(quiet: bool) -> None:
     _state["quiet"] = quiet
 
 
+def is_quiet() -> bool:
+    """Whether notes and progress are switched off."""
+    return bool(_state["quiet"])
+
+
 def is_terminal() -> bool:
     """Whether stderr is a terminal that can draw a bar."""
     return sys.stderr.isatty() and (sys.stderr.encoding or "").lower().startswith("utf")

@@ -6,5 +6,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from conftest_extract import copied, extracted
+from reliability.kit import finished, launcher, tiny
 
-__all__ = ["copied", "extracted"]
+__all__ = ["copied", "extracted", "finished", "launcher", "tiny"]

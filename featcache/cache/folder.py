@@ -1,9 +1,7 @@
 """The folder of a feature set while it is being made: its plan, what is missing, what failed."""
 
-import os
+import contextlib
 import re
-import socket
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,14 +27,13 @@ from featcache.cache.format import (
     spec_values,
 )
 from featcache.cache.shard import Shard
-from featcache.config import read_json, replace_file, write_json
+from featcache.config import explained_refusals, read_json, replace_file, write_json
 from featcache.errors import CacheError, ShardError
+from featcache.partial import remove_dead_partials
 
 QUALITY_FILE = "quality.json"
 FAILURES_FOLDER = "failures.parquet"
 SCALE_FILE = "scale_channel.json"
-FOREIGN_PARTIAL_S = 3_600.0
-"""After this long without growth a half-written file of another host counts as dead."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _FAILURES = pa.schema([("shard", pa.int32()), ("key", pa.string()), ("reason", pa.string())])
 
@@ -91,7 +88,8 @@ class FeatureSetWriter:
         """
         shards = list(plan)
         _check_plan(shards, folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        with explained_refusals(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         if (folder / SPEC_FILE).exists():
             have = read_spec(folder)
             if have.fingerprint != spec.fingerprint:
@@ -138,16 +136,9 @@ class FeatureSetWriter:
             (self.folder / shard_name(number)).unlink(missing_ok=True)
 
     def remove_dead_partials(self) -> int:
-        """Remove half-written files whose writer is gone.
-
-        Returns:
-            How many were removed. A partial of this host is dead when its process is; one of
-            another host when it has not grown for an hour.
-        """
-        dead = [path for path in self.folder.glob("*.partial-*") if _is_dead(path)]
-        for path in dead:
-            path.unlink(missing_ok=True)
-        return len(dead)
+        """Remove half-written files whose writer is gone, and say how many there were."""
+        folders = (self.folder, self.folder / FAILURES_FOLDER)
+        return sum(remove_dead_partials(folder) for folder in folders)
 
     def write_scale_channel(self, scale_channel: Float32[np.ndarray, " D"]) -> None:
         """Keep an int8 set's channel scale, which all of its shards share.
@@ -171,11 +162,20 @@ class FeatureSetWriter:
         write_json(self.folder / SCALE_FILE, scale_channel.astype(float).tolist())
 
     def scale_channel(self) -> "Float32[np.ndarray, ' D'] | None":
-        """An int8 set's channel scale; None when the set is not int8 or has none yet."""
+        """An int8 set's channel scale; None when the set is not int8 or has none yet.
+
+        Where the file is lost, a complete shard's copy of it counts.
+        """
         path = self.folder / SCALE_FILE
-        if self.spec.dtype != "int8" or not path.exists():
+        if self.spec.dtype != "int8":
             return None
-        return np.array(read_json(path), dtype=np.float32)
+        if path.exists():
+            return np.array(read_json(path), dtype=np.float32)
+        for shard in self.shards:
+            if self.is_complete(shard.number):
+                with contextlib.suppress(ShardError):
+                    return Shard.open(self.folder / shard.file_name).read("scale_channel")
+        return None
 
     def write_failures(self, number: int, reasons: Mapping[str, str]) -> None:
         """Note which rows of one shard failed, in place of what was noted for that shard.
@@ -192,7 +192,8 @@ class FeatureSetWriter:
         if not reasons:
             path.unlink(missing_ok=True)
             return
-        folder.mkdir(exist_ok=True)
+        with explained_refusals(folder):
+            folder.mkdir(exist_ok=True)
         rows = [{"shard": number, "key": key, "reason": reasons[key]} for key in sorted(reasons)]
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=_FAILURES), sink)
@@ -335,47 +336,3 @@ def _changed_keys(added: list[str], gone: list[str]) -> str:
     return (
         f"the manifest has other rows than the set: {len(added)} more, {len(gone)} fewer; {first}"
     )
-
-
-def partial_path(path: Path) -> Path:
-    """Where this process writes a file before it is renamed to `path`."""
-    pid = os.getpid()
-    return path.with_name(f"{path.name}.partial-{_host()}-{pid}-{_start_time(pid) or 0}")
-
-
-def _host() -> str:
-    """This machine's name, as file names can hold it."""
-    return re.sub(r"[^\w.-]", "_", socket.gethostname()) or "unknown"
-
-
-def _start_time(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks since boot.
-
-    Returns:
-        None when there is no such process (or it is a zombie); 0 when the system does not tell.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        fields = ""
-    if fields:
-        state, *rest = fields.rpartition(")")[2].split()
-        return None if state == "Z" else int(rest[18])
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return 0
-
-
-def _is_dead(path: Path) -> bool:
-    """Whether nobody writes a partial any more."""
-    owner = path.name.partition(".partial-")[2].rsplit("-", 2)
-    if len(owner) == 3 and owner[0] == _host() and owner[1].isdigit() and owner[2].isdigit():
-        return _start_time(int(owner[1])) != int(owner[2])
-    try:
-        return time.time() - path.stat().st_mtime > FOREIGN_PARTIAL_S
-    except FileNotFoundError:
-        return False

@@ -7,6 +7,7 @@ on files that exist already.
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,6 +48,7 @@ def write_skeleton(
 
     Raises:
         ShardError: libhdf5 lays the second file out otherwise than the first.
+        OSError: It could not write, with the system's reason.
     """
     blank = _build(path, shapes, b"")
     text = make_text(*blank)
@@ -81,8 +83,17 @@ def _build(
         attribute.write(np.array(text, dtype=f"S{ATTRIBUTE_BYTES}"), mtype=kind)
         del attribute, root
     finally:
-        file.close()
+        try:
+            file.close()
+        except RuntimeError as error:  # it says there, in its own words, that it could not flush
+            raise OSError(_system_reason(error), f"libhdf5: {error}") from None
     return path.stat().st_size, places
+
+
+def _system_reason(error: Exception) -> int:
+    """The system's error number in a message of libhdf5; 0 when there is none."""
+    number = re.search(r"errno = (\d+)", str(error))
+    return int(number.group(1)) if number else 0
 
 
 def _add(file: Any, name: str, shape: tuple[int, ...], dtype: str) -> Place:

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Bool, Float, Float32, Int64, Num, Shaped
 
-from featcache.cache.folder import FeatureSetWriter, partial_path
+from featcache.cache.folder import FeatureSetWriter
 from featcache.cache.format import (
     FLOAT16_MAX,
     ROUNDING_EVERY,
@@ -28,10 +28,12 @@ from featcache.cache.header import Place, array_shapes, header_size, header_text
 from featcache.cache.shard import Shard, digest_rest
 from featcache.console import size
 from featcache.errors import CacheError, ShardError
+from featcache.partial import partial_path
 
 # FeatureSetWriter and ShardPlan have modules of their own; stage one imports only this one.
 __all__ = ["FeatureSetWriter", "ShardPlan", "ShardWriter"]
 
+_SKELETON_BYTES = 2**17  # more than a shard without its arrays has
 _EXPONENT = {"float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
 
 
@@ -89,10 +91,16 @@ class ShardWriter:
             # Exclusive: two writers of one process would share the name of the partial.
             os.close(os.open(self._partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         try:
+            self._try_room()
             self._reserve(shapes)
         except BaseException:
             self._remove()
             raise
+
+    def _try_room(self) -> None:
+        """Notice a full disk before libhdf5 does: it cannot close a file that it cannot flush."""
+        with _explained(self.path, self._size_bytes):
+            self._partial.write_bytes(bytes(_SKELETON_BYTES))
 
     def _reserve(self, shapes: dict[str, tuple[tuple[int, ...], str]]) -> None:
         """Write the HDF5 skeleton, then allocate every block of the file."""
@@ -367,7 +375,9 @@ class ShardWriter:
             f"of row `{self.shard.keys[row]}`, which {dtype} cannot hold"
             + (f" (its largest value is {FLOAT16_MAX:.0f})" if dtype == "float16" else ""),
             where=self.path,
-            fix=f"{self.spec.extract_command} --dtype float32 --root OTHER-FOLDER, or int8; a "
+            fix="`pooled: normalized_mean` in the encoder's YAML: every set has float16 for pooled"
+            if dtype == "float16" != self.spec.dtype
+            else f"{self.spec.extract_command} --dtype float32 --root OTHER-FOLDER, or int8; a "
             "value that is not a number needs another encoder or input",
         )
 

@@ -286,19 +286,42 @@ class _Largest:
         """A row without content has no say."""
 
 
-def measure_scale(task: ShardTask) -> None:
+def measure_scale(task: ShardTask) -> bool:
     """Find an int8 set's channel scale from its first rows, unless it has one.
 
     The rows are encoded for this alone, and again when their shard is made: workers, shards and
     appended rows then share one scale.
 
     Args:
-        task: A single part; its number does not matter.
+        task: A single part; its number does not matter. `poison` counts from the set's first row.
+
+    Returns:
+        True, for one who is still alive.
     """
     part = task.parts[0]
     made = FeatureSetWriter.open(part.folder)
     if made.scale_channel() is None:
-        ids = list(islice(chain.from_iterable(plan.keys for plan in made.shards), SCALE_ROWS))
+        ids = [key for row, key in enumerate(_scale_ids(made)) if row not in task.poison]
         sink = _Largest(made.spec)
         _look(task, part, made.spec, ids, sink)
         made.write_scale_channel(make_channel_scale(sink.values[None]))
+    return True
+
+
+def try_scale_rows(task: ShardTask, rows: range) -> bool:
+    """Read and encode some of the rows that `measure_scale` looks at; see `try_rows`."""
+    part = task.parts[0]
+    made = FeatureSetWriter.open(part.folder)
+    ids = _scale_ids(made)[rows.start : rows.stop]
+    _look(task, part, made.spec, ids, _Largest(made.spec))
+    return True
+
+
+def count_scale_rows(task: ShardTask) -> int:
+    """Rows that `measure_scale` looks at."""
+    return len(_scale_ids(FeatureSetWriter.open(task.parts[0].folder)))
+
+
+def _scale_ids(made: FeatureSetWriter) -> list[str]:
+    """The first rows of a set."""
+    return list(islice(chain.from_iterable(plan.keys for plan in made.shards), SCALE_ROWS))

@@ -114,6 +114,9 @@ def make_missing(
             where=todo[0][0].writer.folder.parent.parent,
             fix="the same command goes on from there",
         ) from None
+    finally:
+        for one, _ in todo:
+            one.writer.remove_dead_partials()  # of workers that died meanwhile
 
 
 def _check_failures(results: Sequence[SetResult], allowed: float) -> None:

@@ -163,9 +163,11 @@ def _counter(sets: Sequence[Missing], update: Callable[..., None]) -> Callable[[
 
 def _find_scales(place: Place, prepared: Sequence[Prepared]) -> None:
     """Channel scales of int8 sets that have none yet."""
-    lacking = [
-        one for one in prepared if one.spec.dtype == "int8" and one.writer.scale_channel() is None
-    ]
+    scales = [(one, one.writer.scale_channel()) for one in prepared if one.spec.dtype == "int8"]
+    lacking = [one for one, scale in scales if scale is None]
+    for one, scale in scales:
+        if scale is not None:
+            one.writer.write_scale_channel(scale)
     if lacking:
         note("int8: the first rows are encoded once to find the range of each channel")
         find_scales(

@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from featcache.cache import folder as module
-from featcache.cache.folder import FeatureSetWriter, partial_path, read_failures
+from featcache.cache.folder import FeatureSetWriter, read_failures
 from featcache.cache.format import ShardPlan, plan_shards, read_plan
 from featcache.errors import CacheError, StaleFeatureSetError
+from featcache.partial import host_name, partial_path
 
 
 @pytest.fixture
@@ -86,7 +87,6 @@ def test_repaired_file_of_a_failed_row_makes_its_shard_again(spec, content, done
     [
         (lambda keys: [*keys, "key-new"], "1 more, 0 fewer; `key-new` is new"),
         (lambda keys: keys[1:], "0 more, 1 fewer; `key-0` is gone"),
-        (lambda keys: keys[::-1], "another order, from `key-9` on"),
     ],
 )
 def test_other_rows_are_refused(spec, content, done, keys, message):
@@ -96,11 +96,53 @@ def test_other_rows_are_refused(spec, content, done, keys, message):
         FeatureSetWriter.create(done.folder, spec, plan, "m")
 
 
-def test_other_shard_size_is_refused(spec, content, done):
-    with pytest.raises(CacheError, match="planned with 4 rows per shard, this run asks for 10"):
-        FeatureSetWriter.create(
-            done.folder, spec, plan_shards(spec, content.keys, content.keys), "m"
-        )
+def test_the_plan_of_a_set_stands_whatever_order_and_size_is_asked_for(spec, content, done):
+    keys = content.keys[::-1]
+    again = FeatureSetWriter.create(done.folder, spec, plan_shards(spec, keys, keys), "m")
+    assert again.shards == done.shards
+    assert again.missing() == done.missing()
+
+
+def test_appended_rows_get_shards_after_the_last_one(spec, content, done):
+    before = {path.name: path.read_bytes() for path in done.folder.glob("*.h5")}
+    keys = ["new-0", *content.keys, *(f"new-{number}" for number in range(1, 6))]
+    plan = plan_shards(spec, keys, keys, shard_bytes=4 * spec.row_bytes)
+    with pytest.raises(CacheError, match="6 more, 0 fewer; `new-0` is new") as caught:
+        FeatureSetWriter.create(done.folder, spec, plan, "m")
+    assert "--append" in str(caught.value)
+    grown = FeatureSetWriter.create(done.folder, spec, plan, "m", append=True)
+    assert grown.shards[: len(done.shards)] == done.shards
+    assert [shard.keys for shard in grown.shards[len(done.shards) :]] == [
+        ["new-0", "new-1", "new-2", "new-3"],
+        ["new-4", "new-5"],
+    ]
+    assert {path.name: path.read_bytes() for path in done.folder.glob("*.h5")} == before
+    assert FeatureSetWriter.create(done.folder, spec, plan, "m").shards == grown.shards
+
+
+def test_append_refuses_rows_that_are_gone_and_may_take_another_manifest(spec, content, done):
+    fewer = [*content.keys[1:], "new"]
+    plan = plan_shards(spec, fewer, fewer, shard_bytes=4 * spec.row_bytes)
+    with pytest.raises(CacheError, match="`key-0` is gone"):
+        FeatureSetWriter.create(done.folder, spec, plan, "m", append=True)
+    more = [*content.keys, "new"]
+    plan = plan_shards(spec, more, more, shard_bytes=4 * spec.row_bytes)
+    with pytest.raises(CacheError, match="manifest `m`"):
+        FeatureSetWriter.create(done.folder, spec, plan, "larger")
+    grown = FeatureSetWriter.create(done.folder, spec, plan, "larger", append=True)
+    assert grown.manifest_name == read_plan(done.folder).manifest_name == "larger"
+
+
+def test_changed_files_are_taken_in_when_asked_for(spec, content, done):
+    hashes = [*content.keys[:5], "changed", *content.keys[6:]]
+    plan = plan_of(spec, content, hashes)
+    with pytest.raises(CacheError, match="row `key-5`") as caught:
+        FeatureSetWriter.create(done.folder, spec, plan, "m")
+    assert "featcache repair image/tiny --rows-changed" in str(caught.value)
+    missing = done.missing()
+    again = FeatureSetWriter.create(done.folder, spec, plan, "m", rows_changed=True)
+    assert again.missing() == sorted({*missing, 1})
+    assert read_plan(done.folder).shards[1].row_hashes[1] == "changed"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +184,7 @@ def start_time(pid):
 
 
 def test_partials_of_dead_processes_are_removed_and_no_others(done):
-    host = module._host()
+    host = host_name()
     living = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead_started = start_time(dead.pid)

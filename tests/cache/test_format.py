@@ -103,9 +103,9 @@ def test_difference_shows_absent_values_in_words(build, tmp_path):
     assert "the cache has nothing, this run asks for bfloat16" in error.what
 
 
-def test_shards_have_512_mib_or_65536_texts():
+def test_shards_have_a_power_of_two_of_rows_within_512_mib_or_65536_texts():
     keys = ["k"] * 70_000
-    assert len(layout.plan_rows(keys, 302_592)[0]) == 1_774
+    assert len(layout.plan_rows(keys, 302_592)[0]) == 1_024
     assert [len(r) for r in layout.plan_rows(keys, None)] == [65_536, 4_464]
     assert len(layout.plan_rows(keys[:3], 2**30)) == 3
     assert layout.plan_rows([], 10) == []
@@ -117,6 +117,7 @@ def test_plan_covers_every_row_once(num_rows, row_bytes, shard_bytes):
     assert [row for one in ranges for row in one] == list(range(num_rows))
     assert all(len(one) == len(ranges[0]) for one in ranges[:-1])
     assert all(len(one) * row_bytes <= max(shard_bytes, row_bytes) for one in ranges)
+    assert all(len(one).bit_count() == 1 for one in ranges[:-1])
 
 
 def test_plan_survives_its_file(build, tmp_path):

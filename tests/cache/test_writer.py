@@ -42,7 +42,7 @@ def test_bytes_do_not_depend_on_the_order_of_writes(build, tmp_path, modality, d
     ]
     files = []
     for number, batches in enumerate(orders):
-        writer = build.start_set(tmp_path / str(number), spec, content, rows_per_shard=12)
+        writer = build.start_set(tmp_path / str(number), spec, content, rows_per_shard=16)
         path = build.write_shard(writer.folder, spec, content, writer.shards[0], batches=batches)
         files.append(path.read_bytes())
     assert len(set(files)) == 1
@@ -326,7 +326,7 @@ def test_two_processes_may_make_the_same_shard(build, tmp_path):
 def test_batches_may_come_from_another_thread(build, tmp_path):
     spec = build.make_spec("text", pooled_dim=3)
     content = build.make_content(spec, 40)
-    writer = build.start_set(tmp_path / "set", spec, content, rows_per_shard=40)
+    writer = build.start_set(tmp_path / "set", spec, content, rows_per_shard=64)
     with ShardWriter(writer.folder, spec, writer.shards[0], content.lengths) as shard:
         halves = ([[row] for row in range(20)], [[row] for row in range(20, 40)])
         threads = [

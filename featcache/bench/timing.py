@@ -1,0 +1,123 @@
+"""Contestants in turn, and the memory of a process with its children."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from featcache.bench.case import Setting
+from featcache.console import is_quiet, set_quiet
+
+LOOK_EVERY_S = 0.05
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long a call takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def in_turn(
+    setting: Setting, contestants: Mapping[str, Callable[[], float]]
+) -> dict[str, list[float]]:
+    """Run every contestant once per repeat, every other repeat in reverse order.
+
+    What disturbs the machine for a while then hits all of them, and none always comes first.
+
+    Args:
+        setting: Says how often.
+        contestants: Each gives the seconds that it took; by name.
+
+    Returns:
+        The seconds of each contestant, repeat by repeat.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    for repeat in range(setting.repeats):
+        order = list(contestants) if repeat % 2 == 0 else list(contestants)[::-1]
+        for name in order:
+            taken[name].append(contestants[name]())
+        shown = ", ".join(f"{name} {taken[name][-1]:.3g} s" for name in contestants)
+        setting.say(f"repeat {repeat + 1} of {setting.repeats}: {shown}")
+    return taken
+
+
+def rounded(values: Mapping[str, list[float]]) -> JsonValue:
+    """Seconds as a result shows them."""
+    return {name: [round(one, 4) for one in some] for name, some in values.items()}
+
+
+@contextmanager
+def without_notes() -> Iterator[None]:
+    """Keep what runs inside from talking."""
+    before = is_quiet()
+    set_quiet(True)
+    try:
+        yield
+    finally:
+        set_quiet(before)
+
+
+@dataclass
+class Memory:
+    """Largest resident memory that was seen.
+
+    Attributes:
+        own_bytes: Of this process.
+        child_bytes: Of the largest process below it.
+    """
+
+    own_bytes: int = 0
+    child_bytes: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(LOOK_EVERY_S):
+            self.own_bytes = max(self.own_bytes, _resident(os.getpid(), "VmRSS"))
+            peaks = [_resident(one, "VmHWM") for one in _below(os.getpid())]
+            self.child_bytes = max([self.child_bytes, *peaks])
+
+
+@contextmanager
+def watch_memory() -> Iterator[Memory]:
+    """Follow the memory of this process and of those below it; Linux only."""
+    memory = Memory()
+    thread = threading.Thread(target=memory._watch, daemon=True)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        memory._stop.set()
+        thread.join()
+
+
+def _resident(process: int, name: str) -> int:
+    """A line of /proc/PID/status in bytes; 0 for a process that is gone."""
+    try:
+        text = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in text.splitlines() if line.startswith(name + ":")]
+    return int(found[0]) * 1024 if found else 0
+
+
+def _below(process: int) -> list[int]:
+    """All processes below one."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The name in brackets may hold blanks.
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found: list[int] = []
+    todo = [process]
+    while todo:
+        todo = [one for one, parent in parents.items() if parent in todo]
+        found += todo
+    return found
