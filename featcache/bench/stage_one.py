@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
 from typing import cast
 
 import torch
@@ -52,17 +51,14 @@ def forget(workspace: Workspace) -> None:
     (workspace.root / "workspace.json").unlink(missing_ok=True)
 
 
-def without_start(long: Sequence[PassResult], short: Sequence[PassResult]) -> list[float]:
-    """Seconds of long runs minus the median of short ones.
+def spent_s(done: PassResult) -> float:
+    """Seconds from a worker's first picture to its last shard, as its encoding thread spent them.
 
-    What both have in common drops out: a worker's imports, loading the network, the first batch.
-
-    Args:
-        long: The long runs.
-        short: Runs over the first rows of the same manifest.
+    A worker's start, its imports and the loading of the network are not in it: they cost the same
+    whether a run has ten rows or ten million. Of several workers it is the sum.
     """
-    start_s = median(one.elapsed_s for one in short)
-    return [one.elapsed_s - start_s for one in long]
+    times = done.times
+    return times.decode_wait_s + times.encode_s + times.write_wait_s
 
 
 def cores() -> int:

@@ -53,17 +53,22 @@ class Times:
         decode_wait_s: It waited for pictures (or for tokenizing).
         encode_s: It ran forward passes, or waited for the GPU to do so.
         write_wait_s: It waited for the writer.
+        decode_busy_s: The decoders worked, shared out over their threads. Only where they share
+            the cores with the encoder: there each slows the other, and waiting does not tell who
+            is to blame.
     """
 
     decode_wait_s: float = 0.0
     encode_s: float = 0.0
     write_wait_s: float = 0.0
+    decode_busy_s: float = 0.0
 
     def add(self, other: "Times") -> None:
         """Lay another pass over this one."""
         self.decode_wait_s += other.decode_wait_s
         self.encode_s += other.encode_s
         self.write_wait_s += other.write_wait_s
+        self.decode_busy_s += other.decode_busy_s
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -74,11 +79,11 @@ class Times:
 
     def limit(self) -> tuple[str, float]:
         """The stage that took most of the time (decode, encode or write), and its share."""
-        spent = {
-            "decode": self.decode_wait_s,
-            "encode": self.encode_s,
-            "write": self.write_wait_s,
-        }
+        shared = self.decode_wait_s + self.encode_s
+        decode = self.decode_wait_s
+        if self.decode_busy_s:
+            decode = shared * self.decode_busy_s / (self.decode_busy_s + self.encode_s)
+        spent = {"decode": decode, "encode": shared - decode, "write": self.write_wait_s}
         slowest = max(spent, key=lambda stage: spent[stage])
         return slowest, spent[slowest] / (sum(spent.values()) or 1.0)
 

@@ -8,6 +8,7 @@ wait for is measured.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -290,19 +291,27 @@ def encode_images(
         EncoderError: A single row does not fit into the memory.
     """
     times = Times()
+    busy_s: list[float] = []
+
+    def decode(path: Path | str) -> _Picture:
+        started = time.perf_counter()
+        picture = _decode(path, kinds)
+        busy_s.append(time.perf_counter() - started)
+        return picture
+
     kinds = list(dict.fromkeys(lane.preprocessing for lane in lanes))
     filling = [_Filling(lane, kinds.index(lane.preprocessing), pace) for lane in lanes]
     with ThreadPoolExecutor(pace.threads) as decoders, ThreadPoolExecutor(1) as writers:
         behind = _Behind(writers, times, on_gpu=pace.on_gpu)
         ahead = DECODE_AHEAD * max(lane.batch_size for lane in lanes)
-        queue = deque(decoders.submit(_decode, path, kinds) for path in paths[:ahead])
+        queue = deque(decoders.submit(decode, path) for path in paths[:ahead])
         rest = iter(paths[ahead:])
         try:
             with _TURN:
                 for row in range(len(paths)):
                     with times.timed("decode_wait_s"):
                         greys = queue.popleft().result()
-                    queue.extend(decoders.submit(_decode, path, kinds) for path in islice(rest, 1))
+                    queue.extend(decoders.submit(decode, path) for path in islice(rest, 1))
                     for one in filling:
                         if one.wants(row) and one.take(greys):
                             with times.timed("encode_s"):
@@ -313,6 +322,8 @@ def encode_images(
         except BaseException:
             decoders.shutdown(wait=False, cancel_futures=True)
             raise
+    if not pace.on_gpu:
+        times.decode_busy_s = sum(busy_s) / pace.threads
     return times
 
 

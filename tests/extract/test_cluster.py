@@ -21,7 +21,7 @@ def test_more_workers_than_gpus_share_them_in_turn(monkeypatch):
 def test_workers_on_a_cpu_share_the_cores_and_see_the_gpus_that_this_process_sees(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)))
     places = local_workers("cpu", 2, None)
-    assert places == [{"OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "passive"}] * 2
+    assert places == [{"OMP_NUM_THREADS": "4"}] * 2
 
 
 def test_two_gpus_make_two_worker_processes_that_each_see_their_own(monkeypatch):

@@ -1,6 +1,6 @@
 """Stage one against the limits of its machine."""
 
-from collections.abc import Callable
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,96 +8,71 @@ from featcache.bench.case import Bench, Measured, Setting
 from featcache.bench.material import make_jpegs, save_random_vit, write_repeated
 from featcache.bench.stage_one import (
     Bare,
-    cores,
     full_config,
     run_stage_one,
     share_of_limit,
-    without_start,
+    spent_s,
 )
 from featcache.bench.timing import in_turn, rounded
 from featcache.errors import UsageError
+from featcache.extract.config import ExtractConfig
 from featcache.extract.result import PassResult
 from featcache.workspace import Workspace
 
-SHORT, LONG = "short", "long"
 WEIGHTS = "random weights, for timing only"
 
 
 class _Runs:
-    """Short and long runs of stage one over the same pictures, and what they gave."""
+    """Runs of stage one over the same large pictures, and what they gave."""
 
-    def __init__(self, setting: Setting, files: int, rows: tuple[int, int]):
+    def __init__(self, setting: Setting, files: int, rows: int):
         self.setting = setting
         self.workspace = Workspace(setting.folder / "workspace")
         setting.say(f"enlarging {files} radiographs to the size of MIMIC-CXR-JPG")
         self.files = make_jpegs(setting.folder / "images", files)
-        for name, count in zip((SHORT, LONG), rows, strict=True):
-            write_repeated(self.workspace, name, self.files, count)
+        write_repeated(self.workspace, "rows", self.files, rows)
         self.passes: dict[str, list[PassResult]] = {}
 
-    def run(self, label: str, manifest: str, backbones: list[Path], config: Any) -> float:
-        """One run; its seconds."""
-        made = run_stage_one(self.workspace, manifest, backbones, config)
+    def run(self, label: str, backbones: list[Path], config: ExtractConfig) -> float:
+        """One run; the seconds that its workers spent on the rows."""
+        made = run_stage_one(self.workspace, "rows", backbones, config)
         self.passes.setdefault(label, []).append(made)
-        return made.elapsed_s
-
-    def contestants(
-        self, name: str, backbones: list[Path], config: Any
-    ) -> dict[str, Callable[[], float]]:
-        """The short and the long run, as contestants."""
-        return {
-            f"{name}_{size}": lambda size=size: self.run(  # type: ignore[misc]
-                f"{name}_{size}", size, backbones, config
-            )
-            for size in (SHORT, LONG)
-        }
-
-    def long(self, name: str) -> list[PassResult]:
-        """The long runs."""
-        return self.passes[f"{name}_{LONG}"]
-
-    def spent_s(self, name: str) -> list[float]:
-        """Seconds of the long runs without their start."""
-        return without_start(self.long(name), self.passes[f"{name}_{SHORT}"])
+        return spent_s(made)
 
 
 def _extract_vs_limit(
-    setting: Setting, network: str, options: dict[str, Any], rows: tuple[int, int]
+    setting: Setting, network: str, options: dict[str, Any], size: tuple[int, int]
 ) -> Measured:
-    """The limit's time over stage one's, for the rows that the long run has more."""
-    batch = rows[0]
+    """The limit's time over stage one's, for so many rows in batches of so many."""
+    batch, rows = size
     runs = _Runs(setting, setting.choose(32, 4), rows)
     folder = save_random_vit(setting.folder / "encoder", network, **options)
     bare = Bare(folder, runs.files, batch, setting.device)
-    more = rows[1] - rows[0]
+    config = full_config(setting, batch)
     bare.forward_s(batch)
     taken = in_turn(
         setting,
         {
-            "forward": lambda: bare.forward_s(more),
-            "decode": lambda: bare.decode_s(more),
-            **runs.contestants("stage_one", [folder], full_config(setting, batch)),
+            "forward": lambda: bare.forward_s(rows),
+            "decode": lambda: bare.decode_s(rows),
+            "stage_one": lambda: runs.run("stage_one", [folder], config),
         },
     )
     limits = [
         max(forward, decode) if setting.on_gpu else forward + decode
         for forward, decode in zip(taken["forward"], taken["decode"], strict=True)
     ]
-    long = runs.long("stage_one")
     return Measured(
-        [limit / spent for limit, spent in zip(limits, runs.spent_s("stage_one"), strict=True)],
+        [limit / spent for limit, spent in zip(limits, taken["stage_one"], strict=True)],
         detail={
             "encoder": f"{network}, {WEIGHTS}",
             "device": setting.device,
             "batch_size": batch,
-            "rows": {"short": rows[0], "long": rows[1], "measured": more},
+            "rows": rows,
             "limit": "the larger of forward and decode" if setting.on_gpu else "forward + decode",
             "seconds": rounded(taken),
-            "with_start": [
-                round(limit * rows[1] / more / one.elapsed_s, 3)
-                for limit, one in zip(limits, long, strict=True)
-            ],
-            "stage_one_says": share_of_limit(long),
+            "with_start_s": [round(one.elapsed_s, 3) for one in runs.passes["stage_one"]],
+            "stage_one_says": share_of_limit(runs.passes["stage_one"]),
         },
     )
 
@@ -105,87 +80,88 @@ def _extract_vs_limit(
 def encoder_bound(setting: Setting) -> Measured:
     """A large network: the decoder should cost nothing beyond its own time."""
     if setting.quick:
-        return _extract_vs_limit(setting, "vit_tiny_patch16_224", {}, (8, 24))
-    rows = (32, 32 + 2048) if setting.on_gpu else (16, 16 + 96)
-    return _extract_vs_limit(setting, "vit_base_patch16_224", {}, rows)
+        return _extract_vs_limit(setting, "vit_tiny_patch16_224", {}, (8, 16))
+    if setting.on_gpu:
+        return _extract_vs_limit(setting, "vit_large_patch16_224", {}, (64, 16_384))
+    return _extract_vs_limit(setting, "vit_base_patch16_224", {}, (16, 96))
 
 
 def decode_bound(setting: Setting) -> Measured:
     """A tiny network: the decoders should never wait."""
     options = {"depth": 2, "patch_size": 32}
-    if setting.quick:
-        return _extract_vs_limit(setting, "vit_tiny_patch16_224", options, (8, 40))
-    rows = (32, 32 + 4096) if setting.on_gpu else (32, 32 + 2048)
-    return _extract_vs_limit(setting, "vit_tiny_patch16_224", options, rows)
+    size = (8, 32) if setting.quick else (32, 16_384 if setting.on_gpu else 1024)
+    return _extract_vs_limit(setting, "vit_tiny_patch16_224", options, size)
 
 
 def multi_encoder(setting: Setting) -> Measured:
     """Time of two encoders in one pass over that of two bare networks and one decode."""
     batch = setting.choose(32 if setting.on_gpu else 16, 8)
-    more = setting.choose(2048 if setting.on_gpu else 256, 16)
-    runs = _Runs(setting, setting.choose(32, 4), (batch, batch + more))
+    rows = setting.choose(8192 if setting.on_gpu else 192, 16)
+    runs = _Runs(setting, setting.choose(32, 4), rows)
     network = "vit_tiny_patch16_224" if setting.quick else "vit_small_patch16_224"
     folders = [
         save_random_vit(setting.folder / f"encoder-{seed}", network, seed=seed) for seed in (0, 1)
     ]
     first, second = (Bare(one, runs.files, batch, setting.device) for one in folders)
+    config = full_config(setting, batch)
     for one in (first, second):
         one.forward_s(batch)
     taken = in_turn(
         setting,
         {
-            "forward_1": lambda: first.forward_s(more),
-            "forward_2": lambda: second.forward_s(more),
-            "decode": lambda: first.decode_s(more),
-            **runs.contestants("stage_one", folders, full_config(setting, batch)),
+            "forward_1": lambda: first.forward_s(rows),
+            "forward_2": lambda: second.forward_s(rows),
+            "decode": lambda: first.decode_s(rows),
+            "stage_one": lambda: runs.run("stage_one", folders, config),
         },
     )
     parts = zip(taken["forward_1"], taken["forward_2"], taken["decode"], strict=True)
-    spent = runs.spent_s("stage_one")
     return Measured(
-        [taken_s / sum(bare) for taken_s, bare in zip(spent, parts, strict=True)],
+        [spent / sum(bare) for spent, bare in zip(taken["stage_one"], parts, strict=True)],
         detail={
             "encoders": f"2 x {network}, {WEIGHTS}",
             "device": setting.device,
             "batch_size": batch,
-            "rows": {"short": batch, "long": batch + more, "measured": more},
+            "rows": rows,
             "seconds": rounded(taken),
-            "stage_one_says": share_of_limit(runs.long("stage_one")),
+            "stage_one_says": share_of_limit(runs.passes["stage_one"]),
         },
     )
 
 
 def workers_2(setting: Setting) -> Measured:
-    """Time of one worker with one thread over that of two of them, without their start."""
-    if cores() < 2:
+    """Rate of two workers on two cores over that of one worker on one core."""
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
         raise UsageError(
             "two workers with a core each need two cores, this machine gives one",
             where="workers_2",
             fix="measure on a machine with more cores",
         )
-    batch = setting.choose(32, 8)
-    per_worker = setting.choose(384, 16)
-    # The short run gives each of two workers a shard, so that both have started.
-    runs = _Runs(setting, setting.choose(32, 4), (2 * batch, 2 * batch + 2 * per_worker))
+    batch, shards = setting.choose(32, 8), setting.choose(12, 2)
+    runs = _Runs(setting, setting.choose(32, 4), batch * shards)
     folder = save_random_vit(setting.folder / "encoder", "vit_tiny_patch16_224")
     shard_mb = -(-batch * 197 * 192 * 2 // 2**20)  # a shard is one batch
-    changes = {"threads": 1, "shard_mb": shard_mb, "device": "cpu"}
-    taken = in_turn(
-        setting,
-        {
-            **runs.contestants("one", [folder], full_config(setting, batch, **changes)),
-            **runs.contestants("two", [folder], full_config(setting, batch, workers=2, **changes)),
-        },
-    )
-    pairs = zip(runs.spent_s("one"), runs.spent_s("two"), strict=True)
+
+    def run(workers: int) -> float:
+        config = full_config(
+            setting, batch, threads=1, workers=workers, shard_mb=shard_mb, device="cpu"
+        )
+        os.sched_setaffinity(0, allowed[:workers])  # worker processes inherit it
+        try:
+            return runs.run(str(workers), [folder], config) / workers
+        finally:
+            os.sched_setaffinity(0, allowed)
+
+    taken = in_turn(setting, {"one": lambda: run(1), "two": lambda: run(2)})
     return Measured(
-        [one / two for one, two in pairs],
+        [one / two for one, two in zip(taken["one"], taken["two"], strict=True)],
         detail={
             "encoder": f"vit_tiny_patch16_224, {WEIGHTS}",
             "device": "cpu",
             "batch_size": batch,
-            "rows": {"short": 2 * batch, "long": 2 * (batch + per_worker)},
-            "seconds": rounded(taken),
+            "rows": batch * shards,
+            "seconds_per_worker": rounded(taken),
         },
     )
 
@@ -226,7 +202,7 @@ BENCHES = (
         goal=1.8,
         better="larger",
         unit="x",
-        what="time of one worker over that of two, a thread each",
+        what="rate of two workers on two cores over that of one worker on one",
         measure=workers_2,
         repeats=3,
         disk_mb=200,

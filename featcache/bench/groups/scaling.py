@@ -4,7 +4,7 @@ import time
 
 from featcache.bench.case import Bench, Measured, Setting
 from featcache.bench.material import make_jpegs, save_random_vit, write_repeated
-from featcache.bench.stage_one import forget, full_config
+from featcache.bench.stage_one import forget, full_config, spent_s
 from featcache.bench.timing import Memory, in_turn, rounded, watch_memory, without_notes
 from featcache.extract.command import extract
 from featcache.extract.config import ExtractConfig
@@ -61,8 +61,7 @@ class _Extraction:
 
     def spent_s(self, rows: int) -> list[float]:
         """Seconds of the pass itself, as the worker measured them."""
-        times = [one.times for one in self.passes[rows]]
-        return [one.decode_wait_s + one.encode_s + one.write_wait_s for one in times]
+        return [spent_s(one) for one in self.passes[rows]]
 
 
 def extract_scaling(setting: Setting) -> Measured:

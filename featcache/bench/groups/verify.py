@@ -8,9 +8,10 @@ import numpy as np
 from featcache.bench.case import Bench, Measured, Setting
 from featcache.bench.sets import write_random_set
 from featcache.bench.timing import in_turn, rounded, seconds, without_notes
-from featcache.cache.check import ask_libhdf5, verify_feature_set
+from featcache.cache.check import verify_feature_set
 from featcache.cache.feature_set import open_planned
 from featcache.cache.format import ShardPlan
+from featcache.cache.libhdf5 import ask_libhdf5
 from featcache.errors import CacheError
 
 ROW_TOKENS, DIM, SHARD_ROWS = 49, 1280, 256  # 125 kB a row, 32 MB a shard
