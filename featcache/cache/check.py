@@ -1,10 +1,8 @@
 """What a feature set holds, and whether every byte of it is still what was written."""
 
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,16 +11,12 @@ from typing import Any
 from featcache.cache.feature_set import FeatureSet, open_planned
 from featcache.cache.folder import read_failures, read_quality
 from featcache.cache.format import FeatureSetSpec, ShardPlan, read_plan, read_spec, shard_name
+from featcache.cache.libhdf5 import ask_libhdf5, started_child
+from featcache.cache.shard import Spread
 from featcache.config import to_plain
 from featcache.console import size, task
 from featcache.errors import ShardError, WorkspaceError
 from featcache.workspace import Workspace
-
-CHILD_TIMEOUT_S = 60.0
-"""Time that libhdf5 gets to start and to open one group of shards."""
-CHILD_SHARDS = 100
-DEEP_BYTES_PER_S = 20e6
-"""Slowest reading that a deep check allows for."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ class VerifyReport:
         if len(self.problems) > 20:
             shown.append(f"  and {len(self.problems) - 20} more")
         bad = len(self.damaged_shards)
-        fix = "next: featcache repair makes exactly these again"
+        fix = f"next: {_repair_command(self.folder)} makes exactly these again"
         return "\n".join([f"{line}, {bad} of them damaged:", *shown, fix])
 
 
@@ -100,11 +94,20 @@ def _sentence(problem: Problem) -> str:
     return f"{', '.join(place)}: {problem.what}"
 
 
+def _repair_command(folder: Path) -> str:
+    """What a shell needs to make a set's damaged shards again."""
+    if folder.parts[-3:-2] != ("features",):
+        return f"featcache repair {shlex.quote(str(folder))}"
+    root = folder.parents[2]
+    where = "" if root == Path("featcache-data") else f" --root {shlex.quote(str(root))}"
+    return f"featcache repair {shlex.quote('/'.join(folder.parts[-2:]))}{where}"
+
+
 def verify_feature_set(folder: Path, *, deep: bool = False) -> VerifyReport:
     """Compare every byte of a set with its checksums, then let libhdf5 open every shard.
 
-    libhdf5 comes last, in a child process with bounded time and memory, and only sees shards whose
-    checksums are right.
+    All cores read and compare, also where there is but one shard. libhdf5 comes last, in a child
+    process with bounded time and memory, and only sees shards whose checksums are right.
 
     Args:
         folder: The set's folder.
@@ -115,31 +118,41 @@ def verify_feature_set(folder: Path, *, deep: bool = False) -> VerifyReport:
     """
     spec, plans = read_spec(folder), read_plan(folder).shards
     report = VerifyReport(folder, len(plans))
-    sound: list[Path] = []
-    rows = sum(plan.num_rows for plan in plans)
+    sound: dict[Path, int] = {}
+    rows, cores = sum(plan.num_rows for plan in plans), os.cpu_count() or 1
     with (
-        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+        started_child() as child,  # it starts while we read
+        ThreadPoolExecutor(cores) as readers,
+        ThreadPoolExecutor(cores) as leaders,  # each waits for the readers of one shard
         task(f"verify {spec.title}", rows, unit="rows") as progress,
     ):
-        checked = pool.map(lambda plan: _check_shard(folder, spec, plan), plans)
+        checked = leaders.map(lambda plan: check_shard(folder, spec, plan, readers.map), plans)
         for plan, found in zip(plans, checked, strict=True):
             report.problems += found
             report.rows += plan.num_rows if not any(p.array is None for p in found) else 0
             if not found:
-                sound.append(folder / plan.file_name)
+                sound[folder / plan.file_name] = plan.number
             progress.update(report.rows)
-    for path, what in ask_libhdf5(sound, deep=deep):
-        number = next(plan.number for plan in plans if plan.file_name == path.name)
-        report.problems.append(Problem(number, None, None, what))
+        for path, what in ask_libhdf5(list(sound), deep=deep, child=child):
+            report.problems.append(Problem(sound[path], None, None, what))
     report.problems.sort(key=lambda problem: problem.shard)
     return report
 
 
-def _check_shard(folder: Path, spec: FeatureSetSpec, plan: ShardPlan) -> list[Problem]:
-    """All that is wrong with one shard."""
+def check_shard(
+    folder: Path, spec: FeatureSetSpec, plan: ShardPlan, spread: Spread
+) -> list[Problem]:
+    """All that is wrong with one shard, as far as its checksums tell.
+
+    Args:
+        folder: The set's folder.
+        spec: How its rows were made.
+        plan: The shard.
+        spread: Compares ranges of rows; see `Shard.damage`.
+    """
     try:
         shard = open_planned(folder / plan.file_name, spec, plan)
-        found = list(shard.damage())
+        found = list(shard.damage(spread))
     except ShardError as error:
         return [Problem(plan.number, None, None, error.what)]
     return [
@@ -148,53 +161,6 @@ def _check_shard(folder: Path, spec: FeatureSetSpec, plan: ShardPlan) -> list[Pr
         )
         for item in found
     ]
-
-
-def ask_libhdf5(paths: Sequence[Path], *, deep: bool) -> Iterator[tuple[Path, str]]:
-    """Let libhdf5 open shards in a child process.
-
-    Args:
-        paths: Shards whose checksums are right.
-        deep: Whether it reads all arrays too.
-
-    Yields:
-        Each shard that it cannot open, sees otherwise than the header, crashes on or takes too
-        long for, and what happened.
-    """
-    left = list(paths)
-    while left:
-        group = left[:CHILD_SHARDS]
-        answers, end = _run_child(group, deep)
-        for answer in answers:
-            if answer["problem"] is not None:
-                yield Path(answer["path"]), str(answer["problem"])
-        if len(answers) < len(group):  # the child ended at the first unanswered one
-            yield group[len(answers)], f"libhdf5 {end} while it opened the shard"
-        left = left[len(answers) + (len(answers) < len(group)) :]
-
-
-def _run_child(paths: list[Path], deep: bool) -> tuple[list[dict[str, Any]], str]:
-    """Answers of one child, fewer than paths if it died, and how it ended."""
-    request = json.dumps({"paths": [str(path) for path in paths], "deep": deep})
-    timeout_s = CHILD_TIMEOUT_S
-    if deep:
-        timeout_s += sum(path.stat().st_size for path in paths) / DEEP_BYTES_PER_S
-    # One BLAS thread: each would take address space from the child's limit.
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    try:
-        child = subprocess.run(
-            [sys.executable, "-m", "featcache.cache.hdf5"],
-            input=request.encode(),
-            capture_output=True,
-            timeout=timeout_s,
-            env=environment,
-            check=False,
-        )
-        output, end = child.stdout, f"ended with code {child.returncode}"
-    except subprocess.TimeoutExpired as error:
-        output, end = error.stdout or b"", f"took longer than {timeout_s:.0f} s"
-    lines = output.decode().split("\n")[:-1]  # what follows the last line feed is half a line
-    return [json.loads(line) for line in lines], end
 
 
 @dataclass(frozen=True)
@@ -245,8 +211,25 @@ class SetInfo:
             f"{spec.title}  {spec.fingerprint[:12]}  from manifest {self.manifest}\n"
             f"  rows    {self.stored_rows:,} of {self.rows:,} in {state}\n"
             f"  tokens  {tokens}, width {spec.dim}, {spec.dtype}{pooled}\n"
+            f"{_made_from(spec)}"
             f"  failed  {self.failed_rows:,}{reasons}"
         )
+
+
+def _made_from(spec: FeatureSetSpec) -> str:
+    """A line on the pictures' size and view, the layers and the pooling; empty for others' sets."""
+    said, words = spec.preprocessing, []
+    sides = said.get("image_size")
+    if isinstance(sides, list):
+        words.append(f"{' x '.join(map(str, sides))} pixels")
+    if "view" in said:
+        words.append(f"view {said['view']}")
+    layers = said.get("layers")
+    if isinstance(layers, list):
+        words.append(f"layers {', '.join(map(str, layers))} side by side")
+    if "pool_grid" in said:
+        words.append(f"grid averaged over {said['pool_grid']} x {said['pool_grid']}")
+    return f"  made    {', '.join(words)}\n" if words else ""
 
 
 def read_info(folder: Path) -> SetInfo:

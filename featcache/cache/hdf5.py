@@ -1,31 +1,20 @@
-"""The HDF5 skeleton around a shard's arrays, the only place that calls libhdf5.
+"""The HDF5 skeleton around a shard's arrays.
 
-Run as `python -m featcache.cache.hdf5` it is the child process in which `verify` lets libhdf5 open
-shards: one changed byte can make that library crash or loop for ever, so it never runs elsewhere
-on files that exist already.
+Files that exist already are never opened here: `libhdf5_child.py` says why, and does it.
 """
 
-import json
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-import xxhash
 from h5py import h5a, h5d, h5f, h5g, h5p, h5s, h5t
 
-from featcache.cache.header import ALIGNMENT, ATTRIBUTE_BYTES, USER_BLOCK, Place
-from featcache.cache.shard import Shard
+from featcache.cache.header import ALIGNMENT, ATTRIBUTE, ATTRIBUTE_BYTES, USER_BLOCK, Place
 from featcache.errors import ShardError
-
-ATTRIBUTE = "featcache"
-CHILD_MEMORY_BYTES = 4 * 2**30
-CHILD_CPU_S = 3_600
-_ROWS_BYTES = 8 * 2**20
 
 
 def write_skeleton(
@@ -124,77 +113,3 @@ def _hdf5_type(dtype: str) -> Any:
     if dtype.startswith("S"):
         return _text_type(int(dtype[1:]))
     return h5t.py_create(Place(0, (), dtype).numpy_type, logical=True)
-
-
-def compare_with_header(path: Path, *, deep: bool) -> str | None:
-    """Let libhdf5 open a shard and compare what it sees with the header.
-
-    Args:
-        path: The shard.
-        deep: Whether to read every array through libhdf5 too and compare the bytes.
-
-    Returns:
-        The first difference in words, None when there is none.
-    """
-    shard = Shard.open(path)
-    with h5py.File(path, "r", locking=False) as file:
-        if set(file) != set(shard.header.places):
-            return f"HDF5 names the arrays {sorted(file)}"
-        attribute = bytes(file.attrs[ATTRIBUTE])
-        with shard.descriptor() as descriptor:
-            if not attribute or attribute not in os.pread(descriptor, USER_BLOCK, 0):
-                return f"the attribute `{ATTRIBUTE}` is not the header's JSON"
-        for name, place in shard.header.places.items():
-            array = file[name]
-            same = array.shape == place.shape and array.dtype == place.numpy_type
-            inside = 0 in place.shape or array.id.get_offset() == place.offset
-            if not same or not inside:
-                return f"HDF5 sees `{name}` as {array.dtype} {array.shape}, or elsewhere"
-            if deep and not _equal_bytes(array, shard, name):
-                return f"HDF5 reads other values of `{name}` than stand at its place"
-    return None
-
-
-def _equal_bytes(array: Any, shard: Shard, name: str) -> bool:
-    """Whether libhdf5 gives the very bytes that stand at an array's place."""
-    place = shard.header.places[name]
-    mapped = shard.map(name, check=False)
-    step = max(1, _ROWS_BYTES // max(1, place.size_bytes // max(1, place.shape[0])))
-    return all(
-        xxhash.xxh3_64_digest(np.ascontiguousarray(array[start : start + step]).data)
-        == xxhash.xxh3_64_digest(np.ascontiguousarray(mapped[start : start + step]).data)
-        for start in range(0, place.shape[0], step)
-    )
-
-
-def _limit_resources() -> None:
-    """Bound this process, so that a file that misleads libhdf5 cannot eat the machine."""
-    import resource  # noqa: PLC0415  (absent on Windows, where the child still has its time limit)
-
-    for kind, limit in (
-        (resource.RLIMIT_AS, CHILD_MEMORY_BYTES),
-        (resource.RLIMIT_CPU, CHILD_CPU_S),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        _, hard = resource.getrlimit(kind)
-        allowed = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(kind, (allowed, hard))
-
-
-def main() -> None:
-    """Check the files named on stdin (JSON: `paths`, `deep`); a JSON line on stdout for each."""
-    request = json.load(sys.stdin)
-    _limit_resources()
-    for path in request["paths"]:
-        try:
-            problem = compare_with_header(Path(path), deep=request["deep"])
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError) as error:
-            problem = f"libhdf5 cannot read it ({type(error).__name__})"
-        except ShardError as error:
-            problem = error.what
-        sys.stdout.write(json.dumps({"path": path, "problem": problem}) + "\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()

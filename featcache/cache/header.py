@@ -22,8 +22,10 @@ from featcache.errors import ShardError
 MAGIC = b"FEATCACH"
 USER_BLOCK = 8_192
 ALIGNMENT = 4_096
+ATTRIBUTE = "featcache"
+"""Name of the HDF5 attribute that repeats the header's JSON."""
 ATTRIBUTE_BYTES = 2_048
-"""Size of the HDF5 attribute that repeats the header's JSON; also the JSON's largest length."""
+"""Size of that attribute; also the JSON's largest length."""
 ARRAY_ORDER = (
     "tokens",
     "scale_token",

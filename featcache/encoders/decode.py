@@ -10,7 +10,9 @@
 5.  One bit becomes 0 and 255. More than 8 bits of grey are stretched from the smallest to the
     largest value that occurs; a constant picture keeps its level relative to 16 bits (floats: 0).
 6.  A JPEG is decoded at 1/2, 1/4 or 1/8 of its size when that leaves at least twice the target.
-7.  Pillow's antialiased filter resizes, and the result is rounded to 8 bits. Margins are black.
+7.  DICOM: modality LUT, then the VOI LUT or the first window (without one, rule 5), then
+    MONOCHROME1 is inverted; the rest stands in `dicom.py`.
+8.  Pillow's antialiased filter resizes, and the result is rounded to 8 bits. Margins are black.
 """
 
 import io
@@ -46,6 +48,7 @@ from featcache.errors import EncoderError, ImageError
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB as 24-bit colour
 MAX_BYTES = 512 * 2**20
+_PIXEL_DATA = b"\xe0\x7f\x10\x00"  # the tag of DICOM's pixels
 
 # Importing the plug-ins here fills Pillow's registry once, before any thread decodes.
 _PLUGINS = (
@@ -59,18 +62,17 @@ _PLUGINS = (
 )
 _FORMATS = tuple(plugin.format for plugin in _PLUGINS)
 
-# What Pillow raises on damaged files, besides its own OSError and SyntaxError.
+# What Pillow, pydicom and their decoders raise on damaged files.
 _DAMAGE = (
+    ArithmeticError,
+    AssertionError,
     OSError,
     SyntaxError,
     ValueError,
     TypeError,
-    KeyError,
-    IndexError,
+    LookupError,
     EOFError,
     AttributeError,
-    OverflowError,
-    ZeroDivisionError,
     NotImplementedError,
     RuntimeError,
     Warning,
@@ -112,12 +114,13 @@ def decode_images(
     canvases: dict[tuple[object, ...], UInt8[np.ndarray, "H W"]] = {}
     greys = []
     try:
+        dicom = _open_dicom(content) if is_dicom(content) else None
         for preprocessing in preprocessings:
-            image = _open(content)
+            image = dicom or _open(content)
             placement = place(_upright_size(image), preprocessing)
             _draft(image, placement)
             if image.size not in decoded:
-                decoded[image.size] = _to_grey(image)
+                decoded[image.size] = dicom or _to_grey(image)
             how = (placement, preprocessing.fit, preprocessing.interpolation)
             key = (image.size, preprocessing.canvas_size, *how)
             if key not in canvases:
@@ -181,12 +184,28 @@ def _read(path: Path) -> bytes:
     return content
 
 
+def is_dicom(content: bytes) -> bool:
+    """Whether a file is DICOM: by its mark, or as a bare data set that has pixels."""
+    return content[128:132] == b"DICM" or (_is_bare_dicom(content) and _PIXEL_DATA in content)
+
+
+def _is_bare_dicom(content: bytes) -> bool:
+    """Whether a file begins with group 2 or 8, as a data set without preamble and mark does."""
+    return content[:1] in (b"\x02", b"\x08") and content[1:2] == content[3:4] == b"\x00"
+
+
+def _open_dicom(content: bytes) -> Image.Image:
+    """Decode a DICOM file; what reads it is imported when the first one is met."""
+    from featcache.encoders.dicom import decode_dicom  # noqa: PLC0415
+
+    return decode_dicom(content, max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES)
+
+
 def _explain(content: bytes) -> str:
     """Say what a file is that is no picture."""
     head = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    bare_dicom = content[:2] == b"\x08\x00" and content[3:4] == b"\x00"  # group 8, no preamble
-    if content[128:132] == b"DICM" or bare_dicom:
-        return "the file is DICOM, which is not read yet"
+    if _is_bare_dicom(content):
+        return "the DICOM file holds no pixel data"
     if head.startswith(b"version https://git-lfs"):
         return "the file is a Git LFS pointer, the picture itself was not fetched"
     if head.startswith((b"<!doctype html", b"<html")):

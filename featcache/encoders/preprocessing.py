@@ -18,7 +18,7 @@ from torch import Tensor
 from featcache.config import Config, to_plain
 from featcache.errors import UsageError
 
-RULES_VERSION = 1
+RULES_VERSION = 2
 View = Literal[
     "identity",
     "flip",
@@ -115,7 +115,7 @@ class Preprocessing(Config):
             "channels": self.channels,
             "antialias": True,
             "decode": "grey, jpeg dct scaling to >= 2x, exif turned, alpha on black, "
-            "over 8 bits min-max",
+            "over 8 bits min-max; dicom: first window, then monochrome1 inverted",
             "decode_rules": RULES_VERSION,
         }
 

@@ -138,10 +138,18 @@ def prepare(
         admission: Which differences from an existing set are taken in.
 
     Raises:
+        UsageError: A GPU is to decode, and there is none.
         StaleFeatureSetError: A set of that name was made otherwise.
         CacheError: It holds other rows.
     """
-    autocast = "bfloat16" if resolve_device(device).startswith("cuda") else None
+    on_gpu = resolve_device(device).startswith("cuda")
+    if request.decode == "gpu" and not on_gpu:
+        raise UsageError(
+            "JPEGs can be decoded on a GPU only where the encoder runs on one",
+            where="--decode gpu",
+            fix="leave out --decode, or use a machine with a CUDA device",
+        )
+    autocast = "bfloat16" if on_gpu else None
     encoder = load_encoder(located)
     spec = encoder.spec(dtype=request.dtype, batch_size=request.batch_size, autocast=autocast)
     if request.modality == "image":

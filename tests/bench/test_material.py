@@ -3,7 +3,8 @@
 from PIL import Image
 
 from featcache.bench.material import make_jpegs, save_random_vit, write_repeated
-from featcache.bench.stage_one import Bare, cores, without_start
+from featcache.bench.stage_one import Bare, cores, spent_s
+from featcache.encoders.forward import Times
 from featcache.extract.result import PassResult
 from featcache.manifest.table import open_manifest
 from featcache.workspace import Workspace
@@ -37,8 +38,6 @@ def test_bare_work_is_timed_with_batches_larger_than_the_files(tmp_path):
     assert cores() >= 1
 
 
-def test_the_start_is_the_median_of_the_short_runs():
-    def passes(*times):
-        return [PassResult(["image/a"], 1, "images", elapsed_s=one) for one in times]
-
-    assert without_start(passes(10.0, 12.0), passes(1.0, 99.0, 2.0)) == [8.0, 10.0]
+def test_what_a_pass_spent_leaves_out_the_start():
+    times = Times(decode_wait_s=1.0, encode_s=2.0, write_wait_s=0.5, decode_busy_s=9.0)
+    assert spent_s(PassResult(["image/a"], 1, "images", elapsed_s=20.0, times=times)) == 3.5

@@ -30,7 +30,8 @@ def test_the_memory_of_a_child_is_not_counted_as_ours():
     assert memory.own_bytes > 0
     with watch_memory() as later:
         subprocess.run([sys.executable, "-c", "import time; time.sleep(0.3)"], check=True)
-    assert 0 < later.child_bytes < 64 * 2**20
+    # Other children of the test process may be alive all the time.
+    assert 0 < later.child_bytes < memory.child_bytes - 32 * 2**20
 
 
 def test_notes_are_back_after_something_ran_without_them(capsys):

@@ -1,10 +1,12 @@
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import xxhash
 
+from featcache.cache import shard as shard_module
 from featcache.cache.header import pack_header
 from featcache.cache.shard import Shard, digest_rest
 from featcache.errors import ShardError
@@ -53,6 +55,43 @@ def test_damaged_row_is_named(path):
         assert shard.read_offsets()[row + 1] > start, "the test needs rows with tokens"
         flip(path, place.offset + start * 8)
     assert [(one.array, one.row) for one in shard.damage()] == [("tokens", 0), ("tokens", 3)]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 20, 24, 60, 2**21])  # a row has 24
+@pytest.mark.parametrize("small_bytes", [0, 4096])
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_threads_and_pieces_do_not_change_what_is_found(
+    build, tmp_path, monkeypatch, modality, small_bytes, piece_bytes
+):
+    spec = build.make_spec(modality)
+    content = build.make_content(spec, 64, seed=1)
+    writer = build.start_set(tmp_path / "set", spec, content, rows_per_shard=64)
+    path = build.write_shard(writer.folder, spec, content, writer.shards[0])
+    shard = Shard.open(path)
+    starts = shard.read_offsets() * 8
+    broken = [row for row in (0, 1, 31, 63) if starts[row + 1] > starts[row]]
+    for row in broken:
+        flip(path, shard.header.places["tokens"].offset + int(starts[row + 1]) - 1)
+    monkeypatch.setattr(shard_module, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(shard_module, "_UNIT_BYTES", 100)
+    monkeypatch.setattr(shard_module, "_SMALL_ROW_BYTES", small_bytes)
+    with ThreadPoolExecutor(3) as pool:
+        for found in (shard.damage(), shard.damage(pool.map)):
+            assert [(one.array, one.row) for one in found] == [("tokens", row) for row in broken]
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error(path, monkeypatch):
+    """Bytes of an earlier piece, still in the buffer, must not pass for those that are gone."""
+    shard = Shard.open(path)
+    preadv = os.preadv
+
+    def cut(descriptor, buffers, offset):
+        os.truncate(path, shard.header.places["tokens"].offset + 8)
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", cut)
+    with pytest.raises(ShardError, match="cannot be read: it became shorter meanwhile"):
+        list(shard.damage())
 
 
 def test_damage_between_arrays_is_found(path):

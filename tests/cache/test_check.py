@@ -1,11 +1,11 @@
 import json
-import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from featcache.cache import check, hdf5
-from featcache.cache.check import ask_libhdf5, describe, info, verify, verify_feature_set
+from featcache.cache import check
+from featcache.cache.check import describe, info, verify, verify_feature_set
 from featcache.cache.feature_set import FeatureSet
 from featcache.errors import CacheError, WorkspaceError
 from featcache.workspace import Workspace
@@ -81,6 +81,19 @@ def test_long_lists_are_cut_for_a_person(folder):
     assert len(report.to_json()["problems"]) == 100
 
 
+@pytest.mark.parametrize(
+    ("folder", "command"),
+    [
+        ("featcache-data/features/image/vit-b", "featcache repair image/vit-b"),
+        ("a b/features/text/x@flip", "featcache repair text/x@flip --root 'a b'"),
+        ("elsewhere/my set", "featcache repair 'elsewhere/my set'"),
+    ],
+)
+def test_damage_comes_with_the_command_that_repairs_it(folder, command):
+    report = check.VerifyReport(Path(folder), 1, 1, [check.Problem(0, None, None, "bad")])
+    assert report.to_text().endswith(f"\nnext: {command} makes exactly these again")
+
+
 def test_other_folders_are_refused(tmp_path):
     with pytest.raises(CacheError, match="no feature set"):
         verify_feature_set(tmp_path)
@@ -90,62 +103,17 @@ def test_libhdf5_sees_only_sound_shards(folder, monkeypatch):
     shard = FeatureSet.open(folder).shards[1]
     overwrite(shard.path, shard.header.places["checksums"].offset, b"\0")
     asked = []
-    monkeypatch.setattr(check, "ask_libhdf5", lambda paths, deep: asked.extend(paths) or [])
-    verify_feature_set(folder)
-    assert [path.name for path in asked] == ["shard-000000.h5", "shard-000002.h5"]
+    said = "HDF5 reads other values"
 
+    def ask(paths, *, deep, child):
+        asked.extend(paths)
+        return [(paths[1], said)]
 
-def child_program(tmp_path, monkeypatch, body):
-    """Stand in for the interpreter, to act like a child whose libhdf5 misbehaves."""
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\n{body}\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(check.sys, "executable", str(program))
-
-
-def test_crash_of_libhdf5_is_blamed_on_its_shard(folder, tmp_path, monkeypatch):
-    paths = [shard.path for shard in FeatureSet.open(folder).shards]
-    good = json.dumps({"path": str(paths[0]), "problem": None})
-    # The first child answers one shard and dies; the second dies at once, and so on.
-    body = f"test -e {tmp_path}/been || echo '{good}'\ntouch {tmp_path}/been\nkill -SEGV $$"
-    child_program(tmp_path, monkeypatch, body)
-    problems = dict(ask_libhdf5(paths, deep=False))
-    assert list(problems) == paths[1:]
-    assert all("ended with code -11" in what for what in problems.values())
-
-
-def test_what_libhdf5_dislikes_becomes_a_problem(folder, tmp_path, monkeypatch):
-    shards = FeatureSet.open(folder).shards
-    said = [{"path": str(shard.path), "problem": None} for shard in shards]
-    said[1]["problem"] = "HDF5 reads other values"
-    body = "\n".join(f"echo '{json.dumps(answer)}'" for answer in said)
-    child_program(tmp_path, monkeypatch, body)
+    monkeypatch.setattr(check, "ask_libhdf5", ask)
     report = verify_feature_set(folder)
-    assert [(p.shard, p.what) for p in report.problems] == [(1, "HDF5 reads other values")]
-
-
-def test_endless_loop_of_libhdf5_is_ended(folder, tmp_path, monkeypatch):
-    child_program(tmp_path, monkeypatch, "exec sleep 60")
-    monkeypatch.setattr(check, "CHILD_TIMEOUT_S", 0.2)
-    path = FeatureSet.open(folder).shards[0].path
-    assert list(ask_libhdf5([path], deep=False)) == [
-        (path, "libhdf5 took longer than 0 s while it opened the shard")
-    ]
-
-
-def test_child_has_bounded_memory(folder, tmp_path, monkeypatch):
-    seen = tmp_path / "limits"
-    monkeypatch.setattr(hdf5, "CHILD_CPU_S", 1000)
-    child = os.fork()
-    if child == 0:
-        import resource
-
-        hdf5._limit_resources()
-        limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_CPU)]
-        seen.write_text(json.dumps(limits))
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert json.loads(seen.read_text()) == [4 * 2**30, 1000]
+    assert [path.name for path in asked] == ["shard-000000.h5", "shard-000002.h5"]
+    assert [(p.shard, p.array) for p in report.problems] == [(1, "checksums"), (2, None)]
+    assert report.problems[1].what == said
 
 
 def test_info_tells_what_is_there(folder):

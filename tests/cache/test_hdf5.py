@@ -1,4 +1,3 @@
-import io
 import json
 import sys
 import threading
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 
 from featcache.cache import hdf5
+from featcache.cache.libhdf5 import ask_libhdf5
 from featcache.cache.shard import Shard
 
 
@@ -46,35 +46,7 @@ def test_array_without_bytes_has_the_first_place(build, tmp_path):
     shard = Shard.open(folder / "shard-000000.h5")
     assert shard.header.places["tokens"].offset == 8192
     assert list(shard.damage()) == []
-    assert hdf5.compare_with_header(shard.path, deep=True) is None
-
-
-def test_libhdf5_agrees_with_the_header(path):
-    assert hdf5.compare_with_header(path, deep=True) is None
-
-
-def test_disagreement_is_described(path):
-    with h5py.File(path, "r+") as file:
-        file.attrs.modify("featcache", np.bytes_(b"{}".ljust(2048)))
-    assert "`featcache` is not the header's JSON" in hdf5.compare_with_header(path, deep=False)
-    with h5py.File(path, "r+") as file:
-        file["more"] = 1
-    # The file grew, which the header check finds before libhdf5 is asked.
-    with pytest.raises(hdf5.ShardError, match="its header says"):
-        hdf5.compare_with_header(path, deep=False)
-
-
-def test_child_answers_for_each_path(path, tmp_path, monkeypatch, capsys):
-    (tmp_path / "none.h5").write_bytes(b"none")
-    request = {"paths": [str(path), str(tmp_path / "none.h5"), "absent"], "deep": True}
-    monkeypatch.setattr(hdf5.sys, "stdin", io.StringIO(json.dumps(request)))
-    monkeypatch.setattr(hdf5, "_limit_resources", lambda: None)
-    hdf5.main()
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [answer["path"] for answer in answers] == request["paths"]
-    assert answers[0]["problem"] is None
-    assert "only 4 bytes" in answers[1]["problem"]
-    assert "missing" in answers[2]["problem"]
+    assert list(ask_libhdf5([shard.path], deep=True)) == []
 
 
 def test_a_profiler_that_holds_frames_does_not_keep_the_file_open(tmp_path):

@@ -197,9 +197,10 @@ def start(root, *options) -> subprocess.Popen:
 
 
 def wait_for_shards(folder, count: int) -> None:
+    """Complete ones, and those that are being written."""
     deadline = time.monotonic() + 120
-    while len(list(folder.glob("*.h5"))) < count and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while len(list(folder.glob("*.h5*"))) < count and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])

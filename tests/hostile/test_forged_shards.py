@@ -1,15 +1,20 @@
 """Files with right checksums, made by somebody who read the format page."""
 
 import json
+import os
+import re
 import time
 
 import h5py
 import numpy as np
 import pytest
 import xxhash
+from hostile.lookup3 import lookup3, sealed_part
 
+from featcache.cache.check import verify_feature_set
+from featcache.cache.feature_set import FeatureSet
 from featcache.cache.header import ARRAY_ORDER, pack_header
-from featcache.cache.shard import Shard
+from featcache.cache.shard import Shard, digest_rest
 from featcache.config import canonical_json
 from featcache.errors import ShardError
 
@@ -100,26 +105,134 @@ def test_forged_length_of_the_json_cannot_reach_beyond_the_block(path):
         Shard.open(path)
 
 
-def test_hdf5_links_elsewhere_are_never_followed(path, tmp_path):
-    """The reader does not look at HDF5's own structures, and `verify` covers them by a checksum."""
+def reseal(path):
+    """Make the file's size, its attribute and every checksum right, whatever else was changed."""
+    content = path.read_bytes()
+    old = content[16 : 16 + int.from_bytes(content[12:16], "little")]
+    values = json.loads(old)
+    values["file_size"] = path.stat().st_size
+    text = canonical_json(values).encode()
+    place = content.index(old, 8192)
+    if text != old:  # libhdf5 has a checksum over the attribute, too
+        first, end = sealed_part(content, place, 2048)
+        content = content[:place] + text.ljust(2048, b"\0") + content[place + 2048 :]
+        seal = lookup3(content[first:end]).to_bytes(4, "little")
+        path.write_bytes(content[:end] + seal + content[end + 4 :])
+    names = [name for name in ARRAY_ORDER if name in values["arrays"] and name != "tokens"]
+
+    def seal(digests):
+        with path.open("r+b") as file:
+            file.write(pack_header(text, digests).ljust(8192, b"\0"))
+
+    seal([0] * (len(names) + 1))
+    header, content = Shard.open(path).header, path.read_bytes()
+    places = [header.places[name] for name in names]
+    arrays = [content[one.offset : one.offset + one.size_bytes] for one in places]
+    descriptor = os.open(path, os.O_RDONLY)
+    rest = digest_rest(descriptor, header.end, header.file_size, header.places)
+    os.close(descriptor)
+    seal([*map(xxhash.xxh3_64_intdigest, arrays), rest])
+
+
+def hard_link_to_itself(file, _):
+    file["loop"] = file["/"]
+
+
+def soft_links_in_a_circle(file, _):
+    del file["tokens"]
+    file["tokens"] = h5py.SoftLink("/tokens")
+
+
+def external_link(file, secret):
+    del file["tokens"]
+    file["tokens"] = h5py.ExternalLink(str(secret), "/tokens")
+
+
+def external_storage(file, secret):
+    del file["tokens"]
+    file.create_dataset("tokens", (2, 4), "i1", external=[(str(secret), 0, 8)])
+
+
+def virtual_array(file, secret):
+    del file["tokens"]
+    layout = h5py.VirtualLayout((3,), "f8")
+    layout[:] = h5py.VirtualSource(str(secret), "tokens", (3,))
+    file.create_virtual_dataset("tokens", layout)
+
+
+def texts_of_any_length(file, _):
+    del file["keys"]
+    file.create_dataset("keys", data=["a"] * 4, dtype=h5py.string_dtype())
+
+
+def references(file, _):
+    del file["keys"]
+    file.create_dataset("keys", data=[file.ref] * 4, dtype=h5py.ref_dtype)
+
+
+def groups_that_hold_each_other(file, _):
+    del file["valid"]
+    inner = file.create_group("valid/inner")
+    inner["outer"] = file["valid"]
+
+
+def more_rows_than_bytes(file, _):
+    del file["tokens"]
+    file.create_dataset("tokens", (2**40, 4), "i1", chunks=(1024, 4))
+
+
+TRICKS = [
+    groups_that_hold_each_other,
+    more_rows_than_bytes,
+    hard_link_to_itself,
+    soft_links_in_a_circle,
+    external_link,
+    external_storage,
+    virtual_array,
+    texts_of_any_length,
+    references,
+]
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_hdf5_tricks_do_not_reach_the_reader_and_are_named_by_verify(path, tmp_path, trick):
+    """With right checksums all through: what libhdf5 would follow has no say in what we read."""
     secret = tmp_path / "secret.h5"
     with h5py.File(secret, "w") as file:
         file["tokens"] = np.ones(3)
-    before = Shard.open(path).read_keys()
+
+    def read():
+        features = FeatureSet.open(path.parent)
+        return features.keys, features.read_tokens(np.arange(4)).tobytes()
+
+    truth = read()
+    size = path.stat().st_size
     with h5py.File(path, "r+") as file:
-        del file["tokens"]
-        file["tokens"] = h5py.ExternalLink(str(secret), "/tokens")
-    if path.stat().st_size == claimed_size(path):
-        assert Shard.open(path).read_keys() == before
-        assert "rest" in {one.array for one in Shard.open(path).damage()}
+        trick(file, secret)
+    report = verify_feature_set(path.parent)
+    (problem,) = report.problems
+    if path.stat().st_size == size:
+        assert problem.array == "rest"
     else:
-        with pytest.raises(ShardError, match="its header says"):
-            Shard.open(path)
+        assert "its header says" in problem.what
+    reseal(path)
+    assert read() == truth
+    (problem,) = verify_feature_set(path.parent).problems
+    assert (problem.shard, problem.array) == (0, None)
+    assert re.search("HDF5 (sees|names)|libhdf5 cannot read it", problem.what)
 
 
-def claimed_size(path):
-    block = path.read_bytes()[:8192]
-    return json.loads(block[16 : 16 + int.from_bytes(block[12:16], "little")])["file_size"]
+@pytest.mark.parametrize("kept", [0, 1, 7, 20, 47])
+def test_a_broken_superblock_is_named_by_verify(path, kept):
+    content = bytearray(path.read_bytes())
+    assert content[8192:8200] == b"\x89HDF\r\n\x1a\n"
+    content[8192 + kept : 8192 + 48] = b"\xff" * (48 - kept)
+    path.write_bytes(content)
+    (problem,) = verify_feature_set(path.parent).problems
+    assert problem.array == "rest"
+    reseal(path)
+    (problem,) = verify_feature_set(path.parent).problems
+    assert "libhdf5 cannot read it" in problem.what
 
 
 def test_a_pickle_inside_is_never_opened(path):

@@ -174,7 +174,8 @@ def test_the_command_says_what_it_did(spoilt, finished, launcher):
     arguments = ["--root", str(spoilt.root)]
     code, said = launcher.run(["verify", *arguments])
     assert code == 1
-    assert "featcache repair makes exactly these again" in said
+    assert "featcache repair" in said
+    assert "makes exactly these again" in said
     code, said = launcher.run(["repair", *arguments, "--device", "cpu"])
     assert code == 0, said
     assert "image/vit: 5 shards, 1 shard with 8 rows made again; 8 of 8 rows have" in said
