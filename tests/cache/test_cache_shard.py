@@ -1,6 +1,8 @@
+import hashlib
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -151,6 +153,16 @@ def test_forged_keys_are_refused(path, key):
     reseal(path, "keys", key * 4)
     with pytest.raises(ShardError, match="not those that the header names"):
         Shard.open(path).read_keys()
+
+
+@pytest.mark.parametrize("key", [b"\xff\xfe\xfdab", b"a\nb"])
+def test_forged_keys_are_refused_though_their_hash_is_right(path, key):
+    reseal(path, "keys", key.ljust(5, b"\0") * 4)
+    shard = Shard.open(path)
+    joined = b"\n".join([key] * 4)
+    header = replace(shard.header, keys_hash=hashlib.sha256(joined).hexdigest()[:32])
+    with pytest.raises(ShardError, match="not those that the header names"):
+        replace(shard, header=header).read_keys()
 
 
 def test_forged_flags_are_flags(path):
