@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from featcache.cache.folder import read_quality
 from featcache.cache.format import ShardPlan
+from featcache.cache.shard import Shard
 from featcache.cluster import find_scales, run_tasks
 from featcache.console import note, size, task
 from featcache.encoders.forward import Pace
@@ -42,6 +45,9 @@ class Place:
 
 
 Missing = tuple[Prepared, SetResult]
+SAMENESS = 0.9999
+SAMENESS_ROWS = 8
+"""First rows of a set that are compared with each other."""
 
 
 def group_passes(missing: Sequence[Missing]) -> list[list[Missing]]:
@@ -136,6 +142,7 @@ def run_pass(place: Place, sets: Sequence[Missing]) -> PassResult:
     for one, result in sets:
         result.failed_rows = len(one.writer.read_failures())
         _note_quality(one, result, done, place)
+        _warn_of_sameness(one, result)
     return done
 
 
@@ -184,6 +191,27 @@ def _announce(one: Prepared, result: SetResult) -> None:
     )
     kept = result.shards - result.missing_shards
     note(line + (f"   {kept} complete already, going on" if kept else ""))
+
+
+def _warn_of_sameness(one: Prepared, result: SetResult) -> None:
+    """Say so when an encoder answers the same whatever it sees: its input is in a wrong range."""
+    rows = min(one.writer.shards[0].num_rows, SAMENESS_ROWS)
+    if one.spec.modality != "image" or rows < SAMENESS_ROWS:
+        return
+    shard = Shard.open(one.writer.folder / one.writer.shards[0].file_name)
+    tokens = shard.map("tokens", check=False)[:rows].astype(np.float32)
+    if one.spec.dtype == "int8":
+        tokens *= shard.read("scale_token")[:rows, :, None]
+        tokens *= shard.read("scale_channel")
+    means = tokens[shard.read("valid")[:rows]].mean(axis=1)  # N D
+    if len(means) < 2:
+        return
+    means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    if (means @ means[0]).min() > SAMENESS:
+        note(
+            f"warning: {result.name} gives nearly the same tokens for different pictures (cosine "
+            f"above {SAMENESS}); look at its `value_range`, mean and std in feature_set.json"
+        )
 
 
 def _note_quality(one: Prepared, result: SetResult, done: PassResult, place: Place) -> None:

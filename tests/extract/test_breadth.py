@@ -203,6 +203,21 @@ def test_a_value_beyond_float16_names_encoder_and_row_and_leaves_nothing(tiny, m
     assert "normalized_mean" in c.value.fix, "the class token is the pooled vector, too"
 
 
+def blind(network):
+    network.patch_embed.proj.weight.zero_()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_an_encoder_that_answers_the_same_for_every_picture_is_told(
+    tiny, make, tmp_path, capsys, dtype
+):
+    vit = save_vit(tmp_path / "blind", blind)
+    make(tmp_path / "ws", [vit], dtype=dtype)
+    assert "image/blind gives nearly the same tokens" in capsys.readouterr().err
+    make(tmp_path / "seeing", [tiny.vit], dtype=dtype)
+    assert "nearly the same" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("typed", "want"),
     [
