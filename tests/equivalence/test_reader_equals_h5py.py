@@ -60,7 +60,7 @@ def test_reader_equals_h5py_for_any_layout_and_order_of_writes(build, data):
         prefix=data.draw(st.sampled_from(["key", "Größe", "k" * 120])),
     )
     with tempfile.TemporaryDirectory() as folder:
-        writer = build.start_set(Path(folder) / "set", spec, content, rows_per_shard=num_rows)
+        writer = build.start_set(Path(folder) / "set", spec, content, rows_per_shard=16)
         order = data.draw(batches(num_rows), "batches")
         path = build.write_shard(writer.folder, spec, content, writer.shards[0], batches=order)
         features = FeatureSet.open(writer.folder)
