@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -194,7 +195,9 @@ class Command:
         return code, self.error_file.read_text()
 
     def kill(self) -> None:
-        os.killpg(self.pid, signal.SIGKILL)
+        """Kill its whole process group, unless it has just ended by itself."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 class Launcher:
