@@ -57,8 +57,7 @@ def spent_s(done: PassResult) -> float:
     A worker's start, its imports and the loading of the network are not in it: they cost the same
     whether a run has ten rows or ten million. Of several workers it is the sum.
     """
-    times = done.times
-    return times.decode_wait_s + times.encode_s + times.write_wait_s
+    return done.times.elapsed_s
 
 
 def cores() -> int:

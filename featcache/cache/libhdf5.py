@@ -15,7 +15,7 @@ from featcache.errors import ShardError
 
 CHILD_TIMEOUT_S = 60.0
 """Time that libhdf5 gets to start and to open one group of shards."""
-CHILD_SHARDS = 100
+CHILD_SHARDS = 1_000
 DEEP_BYTES_PER_S = 20e6
 """Slowest reading that a deep check allows for."""
 _SCRIPT = Path(__file__).with_name("libhdf5_child.py")

@@ -56,12 +56,15 @@ class Times:
         decode_busy_s: The decoders worked, shared out over their threads. Only where they share
             the cores with the encoder: there each slows the other, and waiting does not tell who
             is to blame.
+        elapsed_s: All of the encoding thread's time, from its first row to its last: the first
+            three and what it does between them.
     """
 
     decode_wait_s: float = 0.0
     encode_s: float = 0.0
     write_wait_s: float = 0.0
     decode_busy_s: float = 0.0
+    elapsed_s: float = 0.0
 
     def add(self, other: "Times") -> None:
         """Lay another pass over this one."""
@@ -69,10 +72,11 @@ class Times:
         self.encode_s += other.encode_s
         self.write_wait_s += other.write_wait_s
         self.decode_busy_s += other.decode_busy_s
+        self.elapsed_s += other.elapsed_s
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to one of the three figures."""
+        """Add the time spent inside to one of the figures."""
         started = time.perf_counter()
         yield
         setattr(self, name, getattr(self, name) + time.perf_counter() - started)

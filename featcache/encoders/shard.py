@@ -307,7 +307,7 @@ def encode_images(
         queue = deque(decoders.submit(decode, path) for path in paths[:ahead])
         rest = iter(paths[ahead:])
         try:
-            with _TURN:
+            with _TURN, times.timed("elapsed_s"):
                 for row in range(len(paths)):
                     with times.timed("decode_wait_s"):
                         greys = queue.popleft().result()
@@ -318,7 +318,8 @@ def encode_images(
                                 batch = one.flush()
                             behind.push(batch)
                             on_rows(batch.rows)
-            behind.drain()
+            with times.timed("elapsed_s"):
+                behind.drain()
         except BaseException:
             decoders.shutdown(wait=False, cancel_futures=True)
             raise
@@ -358,7 +359,7 @@ def encode_texts(
     lengths = np.asarray([len(row) for row in ids], dtype=np.int64)
     order = np.argsort(lengths, kind="stable")
     forward = Forward(encoder, pace, stats, name=encoder.name)
-    with ThreadPoolExecutor(1) as writers, _TURN:
+    with ThreadPoolExecutor(1) as writers, _TURN, times.timed("elapsed_s"):
         behind = _Behind(writers, times, on_gpu=pace.on_gpu)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]

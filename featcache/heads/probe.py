@@ -16,6 +16,7 @@ from torch import Tensor
 from featcache.errors import TrainingError
 
 MEMORY = 10  # steps that the curvature estimate remembers
+SD_FLOOR = 0.1  # of the median standard deviation of the channels that move at all
 HALVINGS = 25  # of the step length, before a probe counts as stalled
 
 
@@ -57,6 +58,18 @@ class Probes:
         return logits.softmax(dim=-1).numpy()
 
 
+def _softened(spread: Float64[Tensor, " D"]) -> Float64[Tensor, " D"]:
+    """What each channel is divided by: its standard deviation, never far below the others'.
+
+    In a subset of a few images many channels hardly move, or not at all. Their own deviation would
+    blow up rounding errors of the stored tokens to the size of a finding.
+    """
+    if not (spread > 0).any():
+        return torch.ones_like(spread)
+    usual = spread[spread > 0].median()
+    return (spread.square() + (SD_FLOOR * usual).square()).sqrt()
+
+
 class _Problem:
     """Loss of J probes on each of S subsets, every subset standardised by itself."""
 
@@ -79,8 +92,7 @@ class _Problem:
             own = torch.from_numpy(vectors[rows]).double()
             self.mean[number] = own.mean(dim=0)
             spread = own.std(dim=0, correction=0)
-            # A channel that is constant in the subset stays zero: it carries nothing.
-            self.sd[number] = torch.where(spread > 0, spread, 1.0)
+            self.sd[number] = _softened(spread)
             size = len(rows)
             self.inputs[number, :size, :-1] = (own - self.mean[number]) / self.sd[number]
             self.inputs[number, :size, -1] = 1.0
@@ -240,7 +252,8 @@ def train_probes(
 ) -> Probes:
     """Train a probe for every subset, weight decay and seed in one pass.
 
-    Each subset is standardised by its own mean and standard deviation. The loss of a probe is the
+    Each subset is standardised by its own mean and standard deviation, the latter softened by a
+    tenth of what is usual among the channels (docs/protocol.md). The loss of a probe is the
     mean cross-entropy over its subset plus `decay / 2` times the squared weights (bias excepted).
     A seed sets the weights a probe starts from; probes that converged differ between seeds by no
     more than the tolerance allows, which is a check of the solver. Runs on the CPU in float64.

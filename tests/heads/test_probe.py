@@ -52,7 +52,9 @@ def test_probe_reaches_the_optimum_of_scikit_learn():
         vectors, targets, [rows], num_classes=3, decays=[0.05], seeds=[0], tolerance=1e-8
     )
     own = vectors[rows].astype(np.float64)
-    scaled = (vectors - own.mean(axis=0)) / own.std(axis=0)
+    spread = own.std(axis=0)  # an even number of channels: torch takes the lower of the two
+    usual = np.sort(spread)[(len(spread) - 1) // 2]
+    scaled = (vectors - own.mean(axis=0)) / np.sqrt(spread**2 + (0.1 * usual) ** 2)
     peer = LogisticRegression(C=1 / (0.05 * 60), tol=1e-10, max_iter=5000)
     peer.fit(scaled[rows], targets[rows])
     expected = peer.predict_proba(scaled)
@@ -91,6 +93,22 @@ def test_constant_channel_and_absent_class_do_no_harm():
     found = probes.probabilities(vectors)[0]
     np.testing.assert_allclose(probes.probabilities(moved)[0], found, atol=0.02)
     assert (found[:, 2] < 0.2).all()
+
+
+def test_rounding_errors_of_constant_channels_change_no_prediction():
+    vectors, targets = draw(dim=24)
+    vectors[:, 14:] = 1.0
+    generator = np.random.default_rng(2)
+    noisy = [vectors + generator.normal(scale=1e-5, size=vectors.shape) for _ in range(2)]
+    named = [
+        train_probes(
+            one.astype(np.float32), targets, [np.arange(9)], num_classes=3, decays=(1.0,), seeds=(0,)
+        )
+        .probabilities(one.astype(np.float32))[0]
+        .argmax(axis=1)
+        for one in noisy
+    ]
+    np.testing.assert_array_equal(named[0], named[1])
 
 
 def test_one_image_per_class_can_be_trained_on():
