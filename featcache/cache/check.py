@@ -18,6 +18,8 @@ from featcache.console import size, task
 from featcache.errors import ShardError, WorkspaceError
 from featcache.workspace import Workspace
 
+_NEEDED = (None, "checksums", "offsets")  # without these no row can be compared
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -42,7 +44,7 @@ class VerifyReport:
 
     Attributes:
         folder: The set's folder.
-        shards: Shards that were planned.
+        shards: Shards that were looked at.
         rows: Rows whose tokens were compared with their checksum.
         problems: All that is wrong, in the order of the shards.
     """
@@ -103,7 +105,9 @@ def _repair_command(folder: Path) -> str:
     return f"featcache repair {shlex.quote('/'.join(folder.parts[-2:]))}{where}"
 
 
-def verify_feature_set(folder: Path, *, deep: bool = False) -> VerifyReport:
+def verify_feature_set(
+    folder: Path, *, deep: bool = False, only: Sequence[int] | None = None
+) -> VerifyReport:
     """Compare every byte of a set with its checksums, then let libhdf5 open every shard.
 
     All cores read and compare, also where there is but one shard. libhdf5 comes last, in a child
@@ -112,11 +116,13 @@ def verify_feature_set(folder: Path, *, deep: bool = False) -> VerifyReport:
     Args:
         folder: The set's folder.
         deep: Whether libhdf5 reads all arrays too, and not the structure alone.
+        only: Numbers of the shards to look at; None for all.
 
     Raises:
         CacheError: The folder is no feature set, or its two JSON files are damaged.
     """
     spec, plans = read_spec(folder), read_plan(folder).shards
+    plans = plans if only is None else [plans[number] for number in only]
     report = VerifyReport(folder, len(plans))
     sound: dict[Path, int] = {}
     rows, cores = sum(plan.num_rows for plan in plans), os.cpu_count() or 1
@@ -129,7 +135,8 @@ def verify_feature_set(folder: Path, *, deep: bool = False) -> VerifyReport:
         checked = leaders.map(lambda plan: check_shard(folder, spec, plan, readers.map), plans)
         for plan, found in zip(plans, checked, strict=True):
             report.problems += found
-            report.rows += plan.num_rows if not any(p.array is None for p in found) else 0
+            unread = any(problem.array in _NEEDED for problem in found)
+            report.rows += 0 if unread else plan.num_rows
             if not found:
                 sound[folder / plan.file_name] = plan.number
             progress.update(report.rows)

@@ -1,14 +1,14 @@
 """Missing shards to passes: one over the pictures for all image sets, one per text set."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from featcache.cache.folder import read_quality
-from featcache.cache.format import ShardPlan
+from featcache.cache.format import Rounding, ShardPlan
 from featcache.cache.shard import Shard
 from featcache.cluster import find_scales, run_tasks
 from featcache.console import note, size, task
@@ -232,9 +232,17 @@ def _note_quality(one: Prepared, result: SetResult, done: PassResult, place: Pla
             "split_difference": stats.difference,
         }
     if stats.rounding is not None:
-        values["int8"] = {
-            "measured_rows": stats.rounding.rows,
-            "relative_error": round(stats.rounding.relative_error, 6),
-            "worst_row": round(stats.rounding.worst, 6),
-        }
+        values["int8"] = _int8_report(values.get("int8", {}), stats.rounding)
     one.writer.write_quality(values)
+
+
+def _int8_report(earlier: Mapping[str, float], rounding: Rounding) -> dict[str, float]:
+    """What int8 cost over all runs; each weighs with the rows that it measured."""
+    before, now = earlier.get("measured_rows", 0), rounding.rows
+    errors = (earlier.get("relative_error", 0.0), rounding.relative_error)
+    square = (before * errors[0] ** 2 + now * errors[1] ** 2) / max(1, before + now)
+    return {
+        "measured_rows": before + now,
+        "relative_error": round(square**0.5, 6),
+        "worst_row": round(max(earlier.get("worst_row", 0.0), rounding.worst), 6),
+    }

@@ -154,7 +154,7 @@ def _repair_set(
     result = one.planned(tables)
     make_missing([(one, result)], tables, config, again=True)
     done.remade, done.rows = one.missing, result.missing_rows
-    done.left = verify_feature_set(folder)
+    done.left = verify_feature_set(folder, only=one.missing)
     for number, sums in before.items():
         if sums is not None and number not in changed:
             now = _row_checksums(folder / made.shards[number].file_name)

@@ -1,6 +1,8 @@
 """Image files as archives really hold them: cut off, deep, negative, compressed, of odd colours."""
 
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -216,3 +218,30 @@ def test_lossless_jpeg_of_older_archives_is_read_among_others(tiny, clean, pictu
     _, _, got = extract_from(tiny, pictures, tmp_path / "root")
     assert got.valid.all()
     assert_only_row_5_differs(got, clean)
+
+
+_STARVED = """
+import resource, sys
+from pathlib import Path
+from featcache.encoders.decode import Preprocessing, decode_image
+from featcache.errors import ImageError
+
+small = Preprocessing(image_size=(64, 64), mean=(0.5,), std=(0.5,))
+decode_image(Path(sys.argv[2]), small)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+most = pages * resource.getpagesize() + 40 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+for path in sys.argv[1:]:
+    try:
+        print(decode_image(Path(path), small).shape)
+    except ImageError as error:
+        print(error.what)
+"""
+
+
+def test_a_picture_beyond_the_memory_allowed_is_named_and_the_next_one_is_read(tiny, tmp_path):
+    huge, good = tmp_path / "huge.png", tiny.pictures / f"{key_of(0)}.jpg"
+    Image.new("L", (9_000, 9_000), 7).save(huge, compress_level=1)
+    script = [sys.executable, "-c", _STARVED, str(huge), str(good)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == ["the picture does not fit into memory", "(64, 64)"]

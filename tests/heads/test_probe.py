@@ -100,14 +100,13 @@ def test_rounding_errors_of_constant_channels_change_no_prediction():
     vectors[:, 14:] = 1.0
     generator = np.random.default_rng(2)
     noisy = [vectors + generator.normal(scale=1e-5, size=vectors.shape) for _ in range(2)]
-    named = [
-        train_probes(
-            one.astype(np.float32), targets, [np.arange(9)], num_classes=3, decays=(1.0,), seeds=(0,)
+    named = []
+    for one in noisy:
+        own = one.astype(np.float32)
+        probes = train_probes(
+            own, targets, [np.arange(9)], num_classes=3, decays=(1.0,), seeds=(0,)
         )
-        .probabilities(one.astype(np.float32))[0]
-        .argmax(axis=1)
-        for one in noisy
-    ]
+        named.append(probes.probabilities(own)[0].argmax(axis=1))
     np.testing.assert_array_equal(named[0], named[1])
 
 
