@@ -5,7 +5,7 @@ PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN    := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint docs finetune-covidx clean
+.PHONY: help install demo test test-slow lint docs finetune-covidx encoder-grid compare-objectives clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*##/\t/' | expand -t 18
@@ -43,6 +43,12 @@ docs: $(VENV)/.dev  ## write docs/cli.md anew from the program
 
 finetune-covidx: $(VENV)/.demo  ## linear probes on COVIDx: COVIDX=/path, else a synthetic stand-in
 	@$(RUN) COVIDX="$(COVIDX)" sh pipelines/finetune-covidx.sh
+
+encoder-grid: $(VENV)/.demo  ## an Adaptor for every pair of image and text features, in one table
+	@$(RUN) sh pipelines/encoder-grid.sh
+
+compare-objectives: $(VENV)/.demo  ## the objectives' tables, about an hour: REAL=table.csv adds yours
+	@$(RUN) REAL="$(REAL)" sh pipelines/compare-objectives.sh
 
 clean:  ## remove .venv and build leftovers; never the workspace
 	rm -rf $(VENV) dist build

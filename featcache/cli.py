@@ -3,12 +3,29 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
 from featcache.errors import FeatcacheError
+from featcache.options import (
+    Again,
+    AsJson,
+    ConfigFile,
+    Device,
+    ImageSet,
+    ManifestName,
+    Quiet,
+    Root,
+    RunName,
+    Seed,
+    SetName,
+    Settings,
+    TextSet,
+    emit_result,
+    open_workspace,
+)
 
 app = typer.Typer(
     name="featcache",
@@ -19,49 +36,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode=None,
 )
-
-Root = Annotated[
-    Path | None,
-    typer.Option(help="Workspace folder; else FEATCACHE_ROOT, else featcache-data.", metavar="DIR"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No notes, no progress.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="A setting of this command.", metavar="KEY=VALUE")
-]
-ConfigFile = Annotated[Path | None, typer.Option(help="A YAML file of settings.", metavar="FILE")]
-ManifestName = Annotated[
-    str | None, typer.Option(help="Manifest by name or folder; else the current one.")
-]
-RunName = Annotated[
-    str | None,
-    typer.Option(help="Run by name or folder, or another workspace; else the current run."),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
-Backbone = Annotated[
-    str | None, typer.Option(help="Image encoder: a short name, timm:NAME, hf:NAME or a folder.")
-]
-TextEncoder = Annotated[
-    str | None, typer.Option(help="Text encoder: a short name, hf:NAME or a folder.")
-]
-
-
-def _workspace(root: Path | None, quiet: bool) -> Any:
-    """Switch the console, then open the workspace."""
-    from featcache.console import set_quiet, set_up_logging
-    from featcache.workspace import Workspace
-
-    set_quiet(quiet)
-    set_up_logging()
-    return Workspace.open(root)
-
-
-def _emit(result: Any, as_json: bool) -> None:
-    """Print a result that knows how to show itself."""
-    from featcache.console import emit
-
-    emit(result.to_json(), as_json=as_json, text=result.to_text())
 
 
 @app.command()
@@ -74,10 +48,10 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Run the whole pipeline on the embedded radiographs, then say where to look."""
-    workspace = _workspace(root, quiet)
+    workspace = open_workspace(root, quiet)
     from featcache.demo import run_demo
 
-    _emit(run_demo(workspace, unless_trained=unless_trained), as_json)
+    emit_result(run_demo(workspace, unless_trained=unless_trained), as_json)
 
 
 @app.command()
@@ -89,18 +63,25 @@ def manifest(
     name: Annotated[
         str | None, typer.Option(help="Name of the manifest; else the data set.")
     ] = None,
+    text_unit: Annotated[
+        str | None,
+        typer.Option(help="What a text is: report (default) or sentence.", metavar="UNIT"),
+    ] = None,
     settings: Settings = None,
     root: Root = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Read a data set into a checked manifest and print what was dropped and why."""
-    workspace = _workspace(root, quiet)
+    workspace = open_workspace(root, quiet)
     from featcache.datasets.registry import make_manifest
     from featcache.synth.registry import stand_in
 
     path = stand_in(workspace, dataset) if folder == "synthetic" else Path(folder)
-    _emit(make_manifest(workspace, dataset, path, name=name, overrides=settings or ()), as_json)
+    made = make_manifest(
+        workspace, dataset, path, name=name, text_unit=text_unit, overrides=settings or ()
+    )
+    emit_result(made, as_json)
 
 
 @app.command()
@@ -113,10 +94,10 @@ def synth(
     quiet: Quiet = False,
 ) -> None:
     """Write a procedural data set in a real one's exact layout, with its truth beside it."""
-    _workspace(None, quiet)
+    open_workspace(None, quiet)
     from featcache.synth.registry import synthesize
 
-    _emit(synthesize(dataset, out, size=size, seed=seed), as_json)
+    emit_result(synthesize(dataset, out, size=size, seed=seed), as_json)
 
 
 @app.command()
@@ -168,7 +149,7 @@ def extract(
     quiet: Quiet = False,
 ) -> None:
     """Stage one: run the frozen encoders once and write their tokens to shards."""
-    workspace = _workspace(root, quiet)
+    workspace = open_workspace(root, quiet)
     from featcache.config import load_config
     from featcache.encoders.request import split_weights
     from featcache.extract.command import extract
@@ -199,48 +180,42 @@ def extract(
         run=run,
         weights=split_weights(weights or []),
     )
-    _emit(result, as_json)
+    emit_result(result, as_json)
 
 
 @app.command()
 def info(
-    name: Annotated[
-        str | None, typer.Argument(help="Feature set: image/NAME, text/NAME or a folder.")
-    ] = None,
+    name: SetName = None,
     root: Root = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a workspace, or one feature set, holds."""
-    workspace = _workspace(root, quiet=False)
+    workspace = open_workspace(root, quiet=False)
     from featcache.cache.check import describe
 
-    _emit(describe(workspace, name), as_json)
+    emit_result(describe(workspace, name), as_json)
 
 
 @app.command()
 def verify(
-    name: Annotated[
-        str | None, typer.Argument(help="Feature set: image/NAME, text/NAME or a folder.")
-    ] = None,
+    name: SetName = None,
     root: Root = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Check every row against the checksum written with it."""
-    workspace = _workspace(root, quiet)
+    workspace = open_workspace(root, quiet)
     from featcache.cache.check import verify
 
     report = verify(workspace, name)
-    _emit(report, as_json)
+    emit_result(report, as_json)
     if not report.ok:
         raise typer.Exit(1)
 
 
 @app.command()
 def repair(
-    name: Annotated[
-        str | None, typer.Argument(help="Feature set: image/NAME, text/NAME or a folder.")
-    ] = None,
+    name: SetName = None,
     rows_changed: Annotated[
         bool, typer.Option("--rows-changed", help="Also the shards of rows whose files changed.")
     ] = False,
@@ -251,14 +226,14 @@ def repair(
     quiet: Quiet = False,
 ) -> None:
     """Make exactly the damaged shards again, and prove it by their checksums."""
-    workspace = _workspace(root, quiet)
+    workspace = open_workspace(root, quiet)
     from featcache.config import load_config
     from featcache.extract.config import ExtractConfig
     from featcache.extract.repair import repair
 
     config = load_config(ExtractConfig, overrides=[f"device={device}", *(settings or ())])
     result = repair(workspace, name, rows_changed=rows_changed, config=config)
-    _emit(result, as_json)
+    emit_result(result, as_json)
     if not result.ok:
         raise typer.Exit(1)
 
@@ -273,7 +248,7 @@ def use(
     as_json: AsJson = False,
 ) -> None:
     """Show or change what is current."""
-    workspace = _workspace(root, quiet=False)
+    workspace = open_workspace(root, quiet=False)
     from featcache.console import emit
 
     asked = {"manifest": manifest, "image": image, "text": text, "run": run}
@@ -287,14 +262,22 @@ def use(
 
 @app.command(name="train-adaptor")
 def train_adaptor(
-    backbone: Annotated[
-        str | None, typer.Option(help="Image feature set; else the current.")
-    ] = None,
-    text_encoder: Annotated[
-        str | None, typer.Option(help="Text feature set; else the current.")
-    ] = None,
+    backbone: ImageSet = None,
+    text_encoder: TextSet = None,
     manifest: ManifestName = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; else from its parts.")] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens read of each row: all, prefix, grid, pooled or random:N.", metavar="BUDGET"
+        ),
+    ] = None,
+    io: Annotated[
+        str | None, typer.Option(help="How tokens are read: auto, mmap or pread.")
+    ] = None,
+    resident: Annotated[
+        bool, typer.Option("--resident", help="Hold the tokens in memory, the GPU's if they fit.")
+    ] = False,
     config: ConfigFile = None,
     settings: Settings = None,
     seed: Seed = None,
@@ -303,11 +286,15 @@ def train_adaptor(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Stage two: train the Adaptor on cached tokens."""
-    workspace = _workspace(root, quiet)
+    """Stage two: train the Adaptor on cached tokens; stopped, the same command goes on."""
+    workspace = open_workspace(root, quiet)
     from featcache.adaptor.train import load_run_config, train
 
-    overrides = [*(settings or ()), *([f"seed={seed}"] if seed is not None else [])]
+    typed = {"seed": seed, "tokens": tokens, "io": io, "resident": resident or None}
+    overrides = [
+        *(settings or ()),
+        *(f"{key}={value}" for key, value in typed.items() if value is not None),
+    ]
     result = train(
         workspace,
         load_run_config(config, overrides),
@@ -317,17 +304,59 @@ def train_adaptor(
         name=name,
         device=device,
     )
-    _emit(result, as_json)
+    emit_result(result, as_json)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="Runs by name or folder; none named: all.")
+    ] = None,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Finished runs in one table, by what they measured on validate while training."""
+    workspace = open_workspace(root, quiet=False)
+    from featcache.adaptor.comparison import compare_runs
+
+    emit_result(compare_runs(workspace, runs or ()), as_json)
+
+
+@app.command()
+def sweep(
+    config: Annotated[str, typer.Argument(help="YAML file, or a name in configs/sweeps.")],
+    backbone: ImageSet = None,
+    text_encoder: TextSet = None,
+    manifest: ManifestName = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    root: Root = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Variants of one training, each at its best learning rate, over several seeds, in a table."""
+    workspace = open_workspace(root, quiet)
+    from featcache.heads.sweep import load_sweep_config, sweep
+
+    name, values = load_sweep_config(config, settings or ())
+    result = sweep(
+        workspace,
+        values,
+        name,
+        backbone=backbone,
+        text_encoder=text_encoder,
+        manifest=manifest,
+        device=device,
+    )
+    emit_result(result, as_json)
 
 
 @app.command()
 def finetune(
     run: RunName = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="Image feature set; else the current.")
-    ] = None,
+    backbone: ImageSet = None,
     manifest: ManifestName = None,
-    again: Annotated[bool, typer.Option("--again", help="Read the test split once more.")] = False,
+    again: Again = False,
     config: ConfigFile = None,
     settings: Settings = None,
     seed: Seed = None,
@@ -337,7 +366,7 @@ def finetune(
     quiet: Quiet = False,
 ) -> None:
     """Linear probes on cached features at 1, 10 and 100 % of the labels."""
-    workspace = _workspace(root, quiet)
+    workspace = open_workspace(root, quiet)
     from featcache.config import load_config
     from featcache.heads.classify import ProbeConfig, finetune_workspace
 
@@ -351,14 +380,14 @@ def finetune(
         device=device,
         again=again,
     )
-    _emit(result, as_json)
+    emit_result(result, as_json)
 
 
 @app.command()
 def retrieve(
     run: RunName = None,
     manifest: ManifestName = None,
-    again: Annotated[bool, typer.Option("--again", help="Read the test split once more.")] = False,
+    again: Again = False,
     config: ConfigFile = None,
     settings: Settings = None,
     device: Device = "auto",
@@ -367,7 +396,7 @@ def retrieve(
     quiet: Quiet = False,
 ) -> None:
     """Image to text and text to image on held-out patients."""
-    workspace = _workspace(root, quiet)
+    workspace = open_workspace(root, quiet)
     from featcache.config import load_config
     from featcache.heads.retrieve import RetrieveConfig, retrieve_workspace
 
@@ -379,7 +408,7 @@ def retrieve(
         device=device,
         again=again,
     )
-    _emit(result, as_json)
+    emit_result(result, as_json)
 
 
 @app.command()
@@ -397,16 +426,16 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Measure this machine's speed against its own limits, each a ratio with a goal."""
-    _workspace(None, quiet)
+    open_workspace(None, quiet)
     from featcache.bench.command import BenchConfig, list_benches, run_benches
     from featcache.config import load_config
 
     config = load_config(BenchConfig, overrides=settings or ())
     if show_list:
-        _emit(list_benches(names or ()), as_json)
+        emit_result(list_benches(names or ()), as_json)
         return
     report = run_benches(names or (), config, device=device, quick=quick)
-    _emit(report, as_json)
+    emit_result(report, as_json)
     if not report.ok:
         raise typer.Exit(1)
 
@@ -454,7 +483,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: What follows the program's name; by default the process's own.
 
     Returns:
-        0, or 1 for a failure, 2 for a wrong command or config, 130 after Ctrl-C.
+        0, or 1 for a failure, 2 for a wrong command or config, 130 after Ctrl-C, 143 after
+        SIGTERM.
     """
     return _guarded(lambda: app(args=arguments, prog_name="featcache", standalone_mode=False))
 

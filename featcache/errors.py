@@ -12,7 +12,8 @@
     │   ├── ShardError                a shard that is damaged or lies
     │   └── StaleFeatureSetError      a feature set made otherwise than asked for
     ├── TrainingError                 a run that cannot start or must stop
-    └── InterruptedByUserError  exit 130   Ctrl-C, with the command that goes on
+    ├── InterruptedByUserError  exit 130   Ctrl-C, with the command that goes on
+    └── TerminatedError         exit 143   SIGTERM, e.g. of Slurm, with the command that goes on
 
 Every error has three parts: what happened (with both values), where, and what to do. None of them
 ever holds report text, a patient's identifier or a value of a DICOM header.
@@ -109,6 +110,12 @@ class InterruptedByUserError(FeatcacheError):
     """Ctrl-C; the message says how to go on."""
 
     exit_code = 130
+
+
+class TerminatedError(FeatcacheError):
+    """The system asked to stop (SIGTERM); the message says how to go on."""
+
+    exit_code = 143
 
 
 def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:

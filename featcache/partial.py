@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ def partial_path(path: Path) -> Path:
 
 
 def remove_dead_partials(folder: Path, name: str = "*") -> int:
-    """Remove half-written files whose writer is gone.
+    """Remove half-written files and folders whose writer is gone.
 
     Args:
         folder: Where to look; not in folders within it.
@@ -29,7 +30,10 @@ def remove_dead_partials(folder: Path, name: str = "*") -> int:
     """
     dead = [path for path in folder.glob(f"{name}.partial-*") if _is_dead(path)]
     for path in dead:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     return len(dead)
 
 

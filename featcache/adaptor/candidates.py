@@ -1,6 +1,7 @@
 """The images and texts of a split as retrieval candidates, none of them knowing its partner."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -8,8 +9,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from featcache.adaptor.model import Adaptor
-from featcache.adaptor.objectives import (
-    Objective,
+from featcache.adaptor.objective import Objective
+from featcache.adaptor.retrieval import (
     chance_recall,
     retrieval_metrics,
     retrieval_ranks,
@@ -30,26 +31,28 @@ class Candidates:
         image_rows: Rows of the image set, ascending.
         text_rows: Rows of the text set, ascending.
         positives: True where an image has this very text.
+        reading: Fields of `Reading`: which tokens of a row are read.
     """
 
     cache: Cache
     image_rows: Int64[np.ndarray, " I"]
     text_rows: Int64[np.ndarray, " J"]
     positives: Bool[Tensor, "I J"]
+    reading: Mapping[str, int | str | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, cache: Cache) -> "Candidates":
-        """All that the pairs of a cache name."""
+    def of(cls, cache: Cache, **reading: int | str | None) -> "Candidates":
+        """All that the pairs of a cache name, read as `reading` says."""
         image_rows, images = np.unique(cache.image_rows, return_inverse=True)
         text_rows, texts = np.unique(cache.text_rows, return_inverse=True)
         positives = torch.zeros(len(image_rows), len(text_rows), dtype=torch.bool)
         positives[torch.from_numpy(images), torch.from_numpy(texts)] = True
-        return cls(cache, image_rows, text_rows, positives)
+        return cls(cache, image_rows, text_rows, positives, reading)
 
     def scores(self, objective: Objective, adaptor: Adaptor, device: str) -> Float[Tensor, "I J"]:
         """Every image against every text, unpaired."""
-        images = iterate_rows(self.cache.images, self.image_rows, BATCH_SIZE)
-        texts = iterate_rows(self.cache.texts, self.text_rows, BATCH_SIZE)
+        images = iterate_rows(self.cache.images, self.image_rows, BATCH_SIZE, **self.reading)
+        texts = iterate_rows(self.cache.texts, self.text_rows, BATCH_SIZE, **self.reading)
         return unpaired_scores(
             objective,
             adaptor,

@@ -17,6 +17,7 @@ from featcache.config import Config
 from featcache.errors import ConfigError
 
 INITIAL_LOGIT_SCALE = 2.6592  # log of 1 / 0.07, the usual start of a contrastive temperature
+SIGMOID_LOGIT_SCALE = 2.302585092994046  # log of 10, the start for the sigmoid loss
 HALF = (torch.float16, torch.bfloat16)
 MAX_LOGIT_SCALE = 4.605169773101807  # the largest float32 below ln 100
 
@@ -49,15 +50,29 @@ class AdaptorConfig(Config):
         default="allpairs",
         description="Name in featcache/adaptor/objectives.py: allpairs, dual or paper.",
     )
-    loss: Literal["infonce"] = Field(
-        default="infonce", description="The contrastive loss: infonce."
+    pooling: Literal["cosine", "logsumexp", "heads"] = Field(
+        default="cosine",
+        description="Objective `allpairs` only: how the image's tokens become a score. cosine of "
+        "the text with what it pooled by attention, logsumexp of its cosines with the tokens, or "
+        "heads: attention with `heads` heads and an output for each pair, for small batches only.",
+    )
+    loss: Literal["infonce", "sigmoid"] = Field(
+        default="infonce",
+        description="The contrastive loss: infonce compares within a batch, sigmoid judges each "
+        "pair alone.",
     )
     text_to_image_weight: float = Field(
         default=0.5,
         ge=0,
         le=1,
         description="Share of the loss that ranks images for a text; the rest ranks texts for an "
-        "image. 0.5 is symmetric, the paper's code has 0.75.",
+        "image. 0.5 is symmetric, the paper's code has 0.75. Loss `infonce` only.",
+    )
+    matching: float = Field(
+        default=0.0,
+        ge=0,
+        description="Objective `dual` only. Weight of a second loss: does a text, fused with an "
+        "image, belong to it? Asked of pairs and of the negatives that score highest.",
     )
     fusion: Literal["none", "own-pair"] = Field(
         default="none",
@@ -73,8 +88,17 @@ class AdaptorConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> "AdaptorConfig":
         problem = _heads_fit(self.dim, self.heads)
-        if problem is None and self.fusion != "none" and self.objective != "paper":
-            problem = f"`fusion` {self.fusion} belongs to the objective `paper`"
+        if problem is None:
+            for name, objective in (
+                ("fusion", "paper"),
+                ("pooling", "allpairs"),
+                ("matching", "dual"),
+            ):
+                value, default = getattr(self, name), type(self).model_fields[name].default
+                if value != default and self.objective != objective:
+                    problem = f"`{name}` {value} belongs to the objective `{objective}`"
+        if problem is None and self.loss == "sigmoid" and self.text_to_image_weight != 0.5:
+            problem = "the loss `sigmoid` has no directions: leave `text_to_image_weight` at 0.5"
         if problem is not None:
             raise ValueError(problem)
         return self

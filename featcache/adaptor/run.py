@@ -1,5 +1,6 @@
 """The folder of one training run: what was asked for, how far it came, what came out."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -19,17 +20,33 @@ from featcache.config import (
     find_config,
     load_config,
     read_json,
+    replace_file,
     save_config,
     to_plain,
     write_json,
 )
 from featcache.errors import TrainingError
+from featcache.loader.rows import TOKENS_PATTERN
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
-# Settings that do not shape the result: names of inputs, whose content counts, and means.
-NO_IDENTITY = ("images", "texts", "manifest", "logger", "threads", "buffer_mb", "io")
+# Settings that do not shape the result: names of inputs, whose content counts, and means. What only
+# rounds otherwise (`devices`, `compile`, `gradient_cache`) counts as means.
+NO_IDENTITY = (
+    "images",
+    "texts",
+    "manifest",
+    "logger",
+    "threads",
+    "buffer_mb",
+    "io",
+    "resident",
+    "devices",
+    "compile",
+    "gradient_cache",
+    "checkpoint_every",
+)
 
 
 class RunConfig(Config):
@@ -64,9 +81,47 @@ class RunConfig(Config):
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="Of weights, dropout and the order of pairs."
     )
-    precision: Literal["auto", "32-true", "bf16-mixed"] = Field(
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
         default="auto",
-        description="Of the arithmetic; auto = bf16-mixed on CUDA, 32-true on a CPU.",
+        description="Of the arithmetic; auto = bf16-mixed on CUDA, 32-true on a CPU. 16-mixed "
+        "needs CUDA.",
+    )
+    tokens: str = Field(
+        default="all",
+        pattern=TOKENS_PATTERN,
+        description="Tokens read of each row: all, prefix, grid, pooled, or random:N (prefix and N "
+        "others, drawn anew each step; measured and used with all).",
+    )
+    text_tokens: int | None = Field(
+        default=None, ge=1, description="Tokens read of each text, the first ones; none = all."
+    )
+    length_window: int | None = Field(
+        default=None,
+        ge=1,
+        description="Batches sorted by text length together, so that less is padding; none = off.",
+    )
+    queue: int = Field(
+        default=0, ge=0, description="Earlier pairs kept as further negatives; 0 = none."
+    )
+    gradient_cache: int | None = Field(
+        default=None,
+        ge=1,
+        description="Pairs that are encoded at a time; the loss still sees the whole batch. Less "
+        "memory, about a third more time. none = all at once.",
+    )
+    devices: int = Field(
+        default=1,
+        ge=1,
+        description="Processes that share each batch, on a GPU each (or on this machine's cores).",
+    )
+    compile: bool = Field(
+        default=False, description="Compile the Adaptor's blocks first; needs a C++ compiler."
+    )
+    checkpoint_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between checkpoints; none = at the end of an epoch, at most once a "
+        "minute. The same command goes on from the last one.",
     )
     logger: Literal["none", "csv"] = Field(
         default="csv",
@@ -78,6 +133,9 @@ class RunConfig(Config):
     )
     io: Literal["auto", "mmap", "pread"] = Field(
         default="auto", description="How tokens are read; auto = maps as long as they fit."
+    )
+    resident: bool = Field(
+        default=False, description="Hold the tokens in memory, on the GPU where they fit."
     )
 
     @field_validator("batch_size")
@@ -124,14 +182,28 @@ class RunResult:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, flushed, so a killed run keeps what it wrote."""
+    """`metrics.jsonl`: one JSON object a line, flushed, so a killed run keeps what it wrote.
 
-    def __init__(self, path: Path):
+    Args:
+        path: The file.
+        keep_steps: Lines of the steps up to this one stay; everything later is cut off.
+        keep_validations: So many validations stay.
+
+    Attributes:
+        kept: What stayed, line by line.
+    """
+
+    def __init__(self, path: Path, *, keep_steps: int = 0, keep_validations: int = 0):
         self._path = path
+        self._limits = {"step": keep_steps, "validate": keep_validations}
         self._file: TextIOWrapper | None = None
+        self.kept: list[dict[str, Any]] = []
 
     def __enter__(self) -> "MetricsLog":
-        self._file = self._path.open("w", encoding="utf-8")
+        self.kept = self._cut()
+        text = "".join(_metrics_line(values) for values in self.kept)
+        replace_file(self._path, text.encode())
+        self._file = self._path.open("a", encoding="utf-8")
         return self
 
     def __exit__(
@@ -148,12 +220,31 @@ class MetricsLog:
 
         Args:
             kind: `step` or `validate`.
-            values: Finite numbers and names.
+            values: Finite numbers, names and None.
         """
         if self._file is None:
             raise TrainingError("the metrics log is not open", where=self._path)
-        self._file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
+        self._file.write(_metrics_line({"kind": kind, **values}))
         self._file.flush()
+
+    def _cut(self) -> list[dict[str, Any]]:
+        """The lines that stay; one that a killed run left half is none."""
+        kept: list[dict[str, Any]] = []
+        counts = dict.fromkeys(self._limits, 0)
+        if not any(self._limits.values()) or not self._path.is_file():
+            return kept
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                values = json.loads(line)
+                kind = values.get("kind")
+                counts[kind] = values["step"] if kind == "step" else counts[kind] + 1
+                if counts[kind] <= self._limits[kind]:
+                    kept.append(values)
+        return kept
+
+
+def _metrics_line(values: Mapping[str, JsonValue]) -> str:
+    return json.dumps(values, allow_nan=False) + "\n"
 
 
 def load_run_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -186,7 +277,7 @@ def free_folder(runs: Path, name: str, identity: Mapping[str, Any]) -> Path:
         `runs/name`; if another run lies there, `runs/name-<6 hex digits of the identity>`.
     """
     path = runs / name / RUN_FILE
-    if not path.is_file() or _differences(_identity_in(path), identity) == []:
+    if not path.is_file() or differences(_identity_in(path), identity) == []:
         return path.parent
     digest = hashlib.sha256(canonical_json(dict(identity)).encode()).hexdigest()
     return runs / f"{name}-{digest[:6]}"
@@ -201,10 +292,10 @@ def finished_facts(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] 
     path = folder / RUN_FILE
     if not path.is_file():
         return None
-    differences = _differences(_identity_in(path), identity)
-    if differences:
+    others = differences(_identity_in(path), identity)
+    if others:
         raise TrainingError(
-            "another run lies in this folder:\n  " + "\n  ".join(differences),
+            "another run lies in this folder:\n  " + "\n  ".join(others),
             where=folder,
             fix="give this run a name of its own, or delete the folder",
         )
@@ -223,8 +314,8 @@ def _identity_in(path: Path) -> Mapping[str, Any]:
     return identity
 
 
-def _differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
-    """A sentence for each value in which two identities differ."""
+def differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
+    """A sentence for each value in which two identities differ, `have` being on disk."""
     old, new = _flat(have), _flat(want)
     return [
         f"`{name}`: the folder has {old.get(name, 'none')}, this run asks for "

@@ -10,11 +10,18 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from featcache import __version__
-from featcache.adaptor.model import Adaptor, AdaptorConfig, count_parameters
-from featcache.adaptor.objectives import Objective, build_objective
+from featcache.adaptor.model import (
+    SIGMOID_LOGIT_SCALE,
+    Adaptor,
+    AdaptorConfig,
+    count_parameters,
+)
+from featcache.adaptor.objective import Objective
+from featcache.adaptor.objectives import build_objective
 from featcache.config import Config, file_sha256, read_json, replace_file, validate, write_json
 from featcache.device import resolve_device
 from featcache.errors import CacheError, ConfigError, TrainingError
+from featcache.loader.rows import TOKENS_PATTERN
 
 WEIGHTS = "adaptor.safetensors"
 FACTS = "adaptor.json"
@@ -27,6 +34,12 @@ class FeaturesRead(Config):
     encoder: str = Field(description="The encoder's short name.")
     fingerprint: str = Field(description="Fingerprint of the feature set.")
     dim: int = Field(ge=1, description="Width of its tokens.")
+    tokens: str = Field(
+        default="all", pattern=TOKENS_PATTERN, description="Which tokens of a row it reads."
+    )
+    text_tokens: int | None = Field(
+        default=None, ge=1, description="Tokens of each text it reads, the first ones; null = all."
+    )
 
 
 class AdaptorFacts(Config):
@@ -74,6 +87,18 @@ class TrainedAdaptor:
         return self.facts.text.fingerprint
 
     @property
+    def reading(self) -> dict[str, int | str | None]:
+        """What to give to `iterate_rows`, so that it reads the tokens it was trained on.
+
+        Trained on some random tokens of each image, it reads all of them.
+        """
+        tokens = self.facts.image.tokens
+        return {
+            "tokens": "all" if tokens.startswith("random") else tokens,
+            "text_tokens": self.facts.text.text_tokens,
+        }
+
+    @property
     def notes(self) -> list[str]:
         """Sentences that every table about it must carry."""
         return self.facts.notes
@@ -101,6 +126,8 @@ def build_adaptor(
         feedforward=config.feedforward,
         dropout=config.dropout,
     )
+    if config.loss == "sigmoid":
+        nn.init.constant_(adaptor.logit_scale, SIGMOID_LOGIT_SCALE)
     return adaptor, build_objective(config)
 
 

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,8 @@ from jaxtyping import Bool, Int64
 
 from featcache.cache.feature_set import FeatureSet, TokenPlace
 from featcache.errors import CacheError, nearest
-from featcache.manifest.table import Manifest
+from featcache.manifest.table import Manifest, open_manifest
+from featcache.workspace import Workspace
 
 # A feature set alone has a module of its own; what reads the cache imports only this one.
 __all__ = ["Cache", "FeatureSet", "TokenPlace", "open_cache"]
@@ -47,23 +49,32 @@ class Cache:
 def open_cache(
     images: FeatureSet | Path | str,
     texts: FeatureSet | Path | str,
-    manifest: Manifest,
+    manifest: Manifest | Path | str,
     *,
     split: str | None = None,
+    root: Path | str | None = None,
 ) -> Cache:
     """Join an image set and a text set by `key` and `text_id`. Copies no features.
+
+        open_cache("features/image/vit-b", "features/text/bert", "manifests/mimic")
+        open_cache("vit-b", "bert", "mimic", root="featcache-data")
 
     Args:
         images: Image set, or its folder.
         texts: Text set, or its folder.
-        manifest: Says which text belongs to which image.
+        manifest: Says which text belongs to which image; or its folder.
         split: Keep the pairs of this split alone; None keeps all.
+        root: A workspace; `images`, `texts` and `manifest` may then be names in it.
 
     Raises:
         CacheError: A set has the wrong modality, or no pair is left.
+        ManifestError: The manifest is missing or damaged.
+        WorkspaceError: The workspace has nothing of that name.
     """
-    images = images if isinstance(images, FeatureSet) else FeatureSet.open(images)
-    texts = texts if isinstance(texts, FeatureSet) else FeatureSet.open(texts)
+    folders = None if root is None else Workspace.open(Path(root))
+    images, texts = _open_set(images, folders, "image"), _open_set(texts, folders, "text")
+    if not isinstance(manifest, Manifest):
+        manifest = open_manifest(manifest if folders is None else folders.manifest(str(manifest)))
     for features, modality in ((images, "image"), (texts, "text")):
         if features.spec.modality != modality:
             raise CacheError(
@@ -97,6 +108,19 @@ def open_cache(
     digest.update(image_rows.data)
     digest.update(text_rows.data)
     return Cache(images, texts, image_rows, text_rows, dropped, digest.hexdigest()[:32])
+
+
+def _open_set(
+    features: FeatureSet | Path | str,
+    workspace: Workspace | None,
+    modality: Literal["image", "text"],
+) -> FeatureSet:
+    """A set that is open, lies in a folder, or has a name in a workspace."""
+    if isinstance(features, FeatureSet):
+        return features
+    if workspace is not None:
+        return FeatureSet.open(workspace.feature_set(modality, str(features)))
+    return FeatureSet.open(features)
 
 
 def _rows_of(wanted: pa.ChunkedArray, features: FeatureSet) -> Int64[np.ndarray, " M"]:

@@ -19,9 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Int64
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from featcache.config import Config
 from featcache.console import note, task
 from featcache.datasets.mimic.sections import Text, default_text, mgca_text, read_sections
 from featcache.datasets.mimic.tables import (
@@ -36,6 +35,7 @@ from featcache.errors import ManifestError
 from featcache.manifest.checks import rows_text
 from featcache.manifest.table import FunnelStep, Manifest, write_manifest
 from featcache.manifest.tree import SYNTHETIC_NOTE, is_synthetic
+from featcache.manifest.units import TextOptions
 
 DESCRIPTION = "MIMIC-CXR-JPG: radiographs, official splits, CheXpert labels; MIMIC-CXR's reports."
 FRONTAL_VIEWS = ("AP", "PA")
@@ -53,7 +53,7 @@ _SLICE = 64
 _Result = TypeVar("_Result")
 
 
-class Options(Config):
+class Options(TextOptions):
     """How MIMIC-CXR-JPG is read."""
 
     reports: Path | None = Field(
@@ -82,6 +82,12 @@ class Options(Config):
     labels: Literal["chexpert", "negbio", "none"] = Field(
         default="chexpert", description="Whose table becomes the label columns."
     )
+
+    @model_validator(mode="after")
+    def _has_sentences(self) -> "Options":
+        if self.text == "mgca" and self.text_unit == "sentence":
+            raise ValueError("`text: mgca` has no full stops left to cut at; text_unit: report")
+        return self
 
 
 def read(folder: Path, out: Path, *, options: Options) -> Manifest:
@@ -130,6 +136,7 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
         notes=[SYNTHETIC_NOTE] if synthetic else NOTES,
         policies=_policies(options, reports),
         synthetic=synthetic,
+        text_unit=options.text_unit,
     )
 
 
@@ -324,7 +331,10 @@ def _make_text(content: bytes | None, study_id: str, options: Options) -> tuple[
     if options.text == "mgca":
         return mgca_text(sections), is_latin_1
     text = default_text(
-        sections, deidentified=options.deidentified, last_paragraph=options.last_paragraph
+        sections,
+        deidentified=options.deidentified,
+        last_paragraph=options.last_paragraph,
+        lines=options.text_unit == "sentence",
     )
     return text, is_latin_1
 

@@ -8,6 +8,7 @@ from types import ModuleType
 from featcache.config import load_config
 from featcache.errors import UsageError, nearest
 from featcache.manifest.table import Manifest
+from featcache.manifest.units import TextOptions
 from featcache.workspace import Workspace
 
 
@@ -40,6 +41,7 @@ def make_manifest(
     folder: Path,
     *,
     name: str | None = None,
+    text_unit: str | None = None,
     overrides: Sequence[str] = (),
 ) -> Manifest:
     """Read a data set's folder into a checked manifest and make it the current one.
@@ -49,6 +51,7 @@ def make_manifest(
         dataset: A name of `dataset_names()`.
         folder: The data set as it lies on disk (for `spreadsheet`: the table).
         name: The manifest's name; the data set's by default.
+        text_unit: `report` or `sentence`; None is what the reader's `Options` say.
         overrides: `KEY=VALUE` settings of the reader's `Options`.
 
     Raises:
@@ -56,6 +59,14 @@ def make_manifest(
         ManifestError: The folder is not what it should be.
     """
     module = dataset_module(dataset)
+    if text_unit is not None:
+        if not issubclass(module.Options, TextOptions):
+            raise UsageError(
+                f"{dataset} has no reports, so its texts have no unit",
+                where="--text-unit",
+                fix="leave --text-unit out",
+            )
+        overrides = [f"text_unit={text_unit}", *overrides]
     options = load_config(module.Options, overrides=overrides)
     if not folder.exists():
         raise UsageError("there is no such file or folder", where=folder, fix="check the path")

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from featcache.config import Config, shipped
+from featcache.config import shipped
 from featcache.errors import ManifestError
 from featcache.manifest.table import FunnelStep, Manifest, text_id, write_manifest
+from featcache.manifest.units import TextOptions
 
 DESCRIPTION = "The 1,290 real paediatric radiographs that travel with featcache."
 
@@ -84,8 +85,8 @@ _CLOSING = {
 }
 
 
-class Options(Config):
-    """The sample has no options."""
+class Options(TextOptions):
+    """How the sample is read."""
 
 
 def compose_text(key: str, finding: str) -> str:
@@ -113,7 +114,7 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
     Args:
         folder: The sample's folder, normally `sample_folder()`.
         out: The manifest's folder.
-        options: None are known.
+        options: See `Options`.
 
     Raises:
         ManifestError: The sample did not come with this installation.
@@ -146,6 +147,7 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
         image_root=folder,
         funnel=[FunnelStep(name="rows in table.csv", count=len(rows))],
         notes=NOTES,
+        text_unit=options.text_unit,
     )
 
 

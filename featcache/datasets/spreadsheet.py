@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from featcache.config import Config
 from featcache.console import note
 from featcache.errors import ManifestError, UsageError, nearest
 from featcache.manifest.checks import (
@@ -41,6 +40,7 @@ from featcache.manifest.sheet import Sheet, column_names, read_sheet
 from featcache.manifest.splits import SPLIT_NAMES, split_by_subject
 from featcache.manifest.table import FunnelStep, Manifest, text_ids, write_manifest
 from featcache.manifest.tree import SYNTHETIC_NOTE, files_present, is_synthetic
+from featcache.manifest.units import TextOptions
 
 DESCRIPTION = "Your own table: CSV, TSV or Parquet with a row for each image (and text)."
 
@@ -67,7 +67,7 @@ NOTE_STUDIES = (
 )
 
 
-class Options(Config):
+class Options(TextOptions):
     """How to read the table."""
 
     columns: dict[str, str] = Field(
@@ -153,6 +153,7 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
             notes=notes,
             policies=policies,
             synthetic=synthetic,
+            text_unit=options.text_unit,
         )
     except ManifestError as error:
         fix = "correct the table; without a `split` column patients are split whole"

@@ -351,7 +351,7 @@ def finetune_workspace(
     folder = workspace.run(run) if asked else None
     table = open_manifest(workspace.manifest(manifest))
     reads = load_adaptor(folder).image_fingerprint if folder is not None else None
-    images = FeatureSet.open(inputs.feature_folder(workspace, "image", backbone, reads))
+    images = FeatureSet.open(inputs.feature_folder(workspace, "image", backbone, reads, folder))
     name = f"{table.name}-{config.label}-{images.folder.name}"
     out = inputs.results_folder(workspace, folder) / "finetune" / name
     note(f"finetune: {images.spec.title}, run {folder.name if folder else '-'}, {table.title}")

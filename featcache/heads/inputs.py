@@ -119,6 +119,7 @@ def feature_folder(
     modality: Literal["image", "text"],
     name: str | None,
     fingerprint: str | None,
+    run: Path | None = None,
 ) -> Path:
     """The feature set a head reads.
 
@@ -127,7 +128,9 @@ def feature_folder(
         modality: Of the set.
         name: Name or folder, as the user gave it.
         fingerprint: What an Adaptor reads; without a name the current set is taken if it has it,
-            else the first set that has it, else the current one (to be refused by name).
+            else the first set that has it, else the one that the run read, wherever it lies, else
+            the current one (to be refused by name).
+        run: Folder of the Adaptor's run.
     """
     if name is not None or fingerprint is None:
         return workspace.feature_set(modality, name)
@@ -137,7 +140,19 @@ def feature_folder(
         folder = workspace.folder(modality) / one
         if (folder / SPEC_FILE).is_file() and read_spec(folder).fingerprint == fingerprint:
             return folder
+    read = _read_by(run, modality)
+    if read is not None and read_spec(read).fingerprint == fingerprint:
+        return read
     return workspace.feature_set(modality)
+
+
+def _read_by(run: Path | None, modality: Literal["image", "text"]) -> Path | None:
+    """The set that a run was trained on, where its `run.json` names it and it is still there."""
+    if run is None or not (run / RUN_FILE).is_file():
+        return None
+    recorded = read_json(run / RUN_FILE).get(f"{modality}s")
+    folder = Path(recorded["folder"]) if isinstance(recorded, dict) else None
+    return folder if folder is not None and (folder / SPEC_FILE).is_file() else None
 
 
 def results_folder(workspace: Workspace, run: Path | None) -> Path:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Float64, Int64
 
-from featcache.adaptor.objectives import retrieval_ranks
+from featcache.adaptor.retrieval import retrieval_ranks
 
 METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "median_rank", "mrr")
 LARGEST_IN_MEMORY = 2**27  # scores: 512 MiB; a larger table lies in a temporary file

@@ -89,15 +89,16 @@ def adaptor_scores(
         device: Where the Adaptor runs.
         batch_size: Images per block.
     """
-    adaptor, objective = trained.adaptor, trained.objective
+    adaptor, objective, reading = trained.adaptor, trained.objective, trained.reading
     encoded = []
-    for _, tokens, valid in iterate_rows(cache.texts, candidates.text_rows, batch_size):
+    for _, tokens, valid in iterate_rows(cache.texts, candidates.text_rows, batch_size, **reading):
         real = torch.ones(tokens.shape[:2], dtype=torch.bool) if valid is None else valid
         moved = tokens.to(device, torch.float32)
         encoded.append(objective.encode_texts(adaptor, moved, real.to(device)))
     texts, done = torch.cat(encoded), 0
     with task("score all pairs", len(candidates.image_rows)) as progress:
-        for rows, tokens, _ in iterate_rows(cache.images, candidates.image_rows, batch_size):
+        blocks = iterate_rows(cache.images, candidates.image_rows, batch_size, **reading)
+        for rows, tokens, _ in blocks:
             images = objective.encode_images(adaptor, tokens.to(device, torch.float32))
             parts = [
                 objective.score(images, some, adaptor.scale).float().cpu()
@@ -388,10 +389,10 @@ def retrieve_workspace(
     table = open_manifest(workspace.manifest(manifest))
     trained = load_adaptor(folder)
     images = FeatureSet.open(
-        inputs.feature_folder(workspace, "image", None, trained.image_fingerprint)
+        inputs.feature_folder(workspace, "image", None, trained.image_fingerprint, folder)
     )
     texts = FeatureSet.open(
-        inputs.feature_folder(workspace, "text", None, trained.text_fingerprint)
+        inputs.feature_folder(workspace, "text", None, trained.text_fingerprint, folder)
     )
     out = inputs.results_folder(workspace, folder) / "retrieve" / f"{table.name}-{config.split}"
     note(f"retrieve: run {folder.name}, {images.spec.title}, {texts.spec.title}, {table.title}")

@@ -70,7 +70,9 @@ def image_vectors(
     device: str = "cpu",
     batch_size: int = 64,
 ) -> ImageVectors:
-    """Read each image's tokens once and make both vectors of them.
+    """Read each image's tokens and make both vectors of them.
+
+    An Adaptor that was trained on a token budget reads that; the encoder's vector is of all tokens.
 
     No image's vector depends on the others in its batch.
 
@@ -82,11 +84,16 @@ def image_vectors(
         batch_size: Images read at a time.
     """
     raw, adapted, done = [], [], 0
+    whole = iterate_rows(images, rows, batch_size)
+    reading = {} if trained is None else trained.reading
+    is_budgeted = reading.get("tokens", "all") != "all"
+    budget = iterate_rows(images, rows, batch_size, **reading) if is_budgeted else None
     with task(f"read {images.spec.title}", len(rows)) as progress:
-        for some, tokens, valid in iterate_rows(images, rows, batch_size):
+        for some, tokens, valid in whole:
             raw.append(mean_tokens(tokens, valid, images.spec).numpy())
             if trained is not None:
-                moved = tokens.to(device, torch.float32)
+                own = tokens if budget is None else next(budget)[1]
+                moved = own.to(device, torch.float32)
                 vector = trained.objective.image_vector(trained.adaptor, moved)
                 adapted.append(vector.float().cpu().numpy())
             done += len(some)

@@ -13,8 +13,7 @@ import os
 import weakref
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 import torch
@@ -24,52 +23,10 @@ from torch import Tensor
 from featcache.cache.reader import Cache, FeatureSet
 from featcache.config import validate
 from featcache.errors import StaleFeatureSetError, UsageError
+from featcache.loader.batch import Batch, Int8Tokens, StoredBatch, as_float
 from featcache.loader.order import Order
-from featcache.loader.ring import Reading, Request, Ring
-
-
-@dataclass
-class Batch:
-    """Image-text pairs of one step.
-
-    Attributes:
-        image_tokens: Tokens of each pair's image.
-        text_tokens: Tokens of each pair's text, zeros where `text_valid` is False.
-        text_valid: True at real text tokens.
-        pairs: Numbers of the pairs in the cache.
-        image_rows: Rows in the image set; equal numbers are the same image.
-        text_rows: Rows in the text set; equal numbers are the same text.
-    """
-
-    image_tokens: Float[Tensor, "B L D"]
-    text_tokens: Float[Tensor, "B T E"]
-    text_valid: Bool[Tensor, "B T"]
-    pairs: Int64[Tensor, " B"]
-    image_rows: Int64[Tensor, " B"]
-    text_rows: Int64[Tensor, " B"]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Batch":
-        """Move all tensors, and turn tokens into `dtype` once they are there.
-
-        Copies to a GPU from the loader's pinned buffers do not block. The loader waits for them
-        before it uses a buffer again, as long as they run in the stream that is current when the
-        next batch is asked for. What is already there in that dtype is not copied.
-
-        Args:
-            device: Where to.
-            dtype: Of the tokens; None keeps theirs.
-        """
-        moved = {}
-        for item in fields(self):
-            tensor: Tensor = getattr(self, item.name)
-            tensor = tensor.to(device, non_blocking=tensor.is_pinned())
-            if dtype is not None and tensor.is_floating_point():
-                tensor = tensor.to(dtype)
-            moved[item.name] = tensor
-        return Batch(**moved)
+from featcache.loader.resident import OnDevice, open_resident
+from featcache.loader.ring import Filled, Reading, Request, Ring, open_readers
 
 
 class TokenLoader:
@@ -78,7 +35,8 @@ class TokenLoader:
     Each `iter(loader)` is one pass, and starts where the last one stopped: a shuffled pass is
     `num_pairs // batch_size` full batches and leaves the rest for the next pass; without `shuffle`
     a pass is all pairs in order, the last batch short. There is one pass at a time: a new one ends
-    the one before. The order depends on the cache, `seed` and `batch_size` alone.
+    the one before. The order depends on the cache, `seed` and `batch_size` alone, and on
+    `locality_block` or `length_window` where one is given.
 
     It knows nothing of Lightning, but works as its dataloader: the state is that of the batches
     handed out, never of those filled ahead, and an epoch begins in `__iter__`, since a trainer that
@@ -92,7 +50,8 @@ class TokenLoader:
         shuffle: Permutations for training; False for evaluation.
         rank: This process among the ranks.
         world_size: Number of ranks; it divides `batch_size`.
-        **reading: Fields of `Reading`: threads, prefetch, buffer_mb, io, tokens, locality_block.
+        **reading: Fields of `Reading`: threads, prefetch, buffer_mb, io, tokens, text_tokens,
+            locality_block, length_window, resident.
 
     Raises:
         UsageError: Values that cannot be, or a batch larger than all pairs.
@@ -125,6 +84,8 @@ class TokenLoader:
             rank,
             shuffle=shuffle,
             locality_block=self.reading.locality_block,
+            length_window=self.reading.length_window,
+            lengths=cache.texts.lengths[cache.text_rows] if self.reading.length_window else None,
         )
         self._position = 0
         self._in_pass = 0
@@ -133,7 +94,7 @@ class TokenLoader:
 
     def _forget_process(self) -> None:
         """Start without what belongs to one process: buffers, open files, a running pass."""
-        self._opened: tuple[int, Ring] | None = None
+        self._opened: tuple[int, Ring | OnDevice] | None = None
         self._running: weakref.ref[Generator[Batch, None, None]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -157,6 +118,18 @@ class TokenLoader:
         self._running = weakref.ref(batches)
         return batches
 
+    def __getitem__(self, index: object) -> Never:
+        """Refuse: only torch's `DataLoader` asks for items, taking this for a data set.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(
+            "a TokenLoader is a data loader itself, and no data set of single items",
+            fix="for batch in TokenLoader(cache, batch_size): ... without a DataLoader around it; "
+            "it reads ahead with threads of its own",
+        )
+
     def _batches(self) -> Generator[Batch, None, None]:
         with closing(self._open().run(self._requests())) as results:
             for request, (images, texts) in results:
@@ -164,12 +137,7 @@ class TokenLoader:
                 self._position += handed_out
                 self._in_pass += handed_out
                 self._is_fresh = False
-                yield Batch(
-                    images.tokens,
-                    texts.tokens,
-                    texts.valid,
-                    *(torch.from_numpy(rows) for rows in (request.numbers, *request.rows)),
-                )
+                yield _batch(request, images, texts)
 
     def _requests(self) -> Iterator[Request]:
         """The rest of this pass, ahead of what the consumer has."""
@@ -192,15 +160,20 @@ class TokenLoader:
             return max(0, len(self) - -(-in_pass // batch))
         return -(-(self.order.num_pairs - in_pass) // batch)
 
-    def _open(self) -> Ring:
+    def _open(self) -> Ring | OnDevice:
         """Buffers and files of this process."""
         if self._opened is None or self._opened[0] != os.getpid():
             sets = (self.cache.images, self.cache.texts)
             rows = (self.cache.image_rows, self.cache.text_rows)
             share = self.order.global_batch // self.order.world_size
-            order = self.order
-            ring = Ring(sets, rows, share, self.reading, seed=order.seed, populate=order.shuffle)
-            self._opened = (os.getpid(), ring)
+            order, reading = self.order, self.reading
+            opened: Ring | OnDevice
+            if reading.resident:
+                opened = open_resident(sets, rows, share, reading, seed=order.seed)
+            else:
+                readers = open_readers(sets, reading, seed=order.seed, is_training=order.shuffle)
+                opened = Ring(readers, rows, share, reading)
+            self._opened = (os.getpid(), opened)
         return self._opened[1]
 
     def state_dict(self) -> dict[str, int | str]:
@@ -209,9 +182,10 @@ class TokenLoader:
         Returns:
             `seed`; `epoch`, the number of the permutation; `position`, pairs of it that were handed
             out over all ranks; `in_pass`, pairs handed out since the last `iter`; `num_pairs`; and
-            the cache's `fingerprint`.
+            the cache's `fingerprint`; and `order`, where that is more than a plain shuffle.
         """
         epoch, position = divmod(self._position, self.order.num_pairs)
+        arrangement = self.order.arrangement
         return {
             "seed": self.order.seed,
             "epoch": epoch,
@@ -219,22 +193,24 @@ class TokenLoader:
             "in_pass": self._in_pass,
             "num_pairs": self.order.num_pairs,
             "fingerprint": self.cache.fingerprint,
+            **({"order": arrangement} if arrangement else {}),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, int | str]) -> None:
         """Go on where a state was taken: the next `iter` gives the rest of its pass.
 
         Ranks, threads and buffers may be others than then. With another batch size the pairs still
-        come in the same order, cut into other batches.
+        come in the same order, cut into other batches; not so with a `length_window`.
 
         Args:
             state_dict: From `state_dict`.
 
         Raises:
             StaleFeatureSetError: It was taken over another cache.
-            UsageError: It was taken with another seed, or is no such state.
+            UsageError: It was taken with another seed or another kind of order, or is no such
+                state.
         """
-        missing = sorted(set(self.state_dict()) - set(state_dict))
+        missing = sorted(set(self.state_dict()) - {"order"} - set(state_dict))
         if missing:
             raise UsageError(f"this is no state of a loader: it has no `{missing[0]}`")
         if state_dict["fingerprint"] != self.cache.fingerprint:
@@ -250,6 +226,13 @@ class TokenLoader:
                 f"{self.order.seed}: another order",
                 fix=f"seed {state_dict['seed']}",
             )
+        have, want = state_dict.get("order", ""), self.order.arrangement
+        if have != want:
+            raise UsageError(
+                f"the state was taken in the order: {have or 'plain shuffle'}; this loader has: "
+                f"{want or 'plain shuffle'}",
+                fix="resume with the `length_window`, `locality_block` and batch size of the run",
+            )
         epoch, position = int(state_dict["epoch"]), int(state_dict["position"])
         self._position = epoch * self.order.num_pairs + position
         self._in_pass = int(state_dict["in_pass"])
@@ -257,6 +240,14 @@ class TokenLoader:
             self._in_pass = 0
             self._position = self._position if self.order.shuffle else 0
         self._is_fresh = True
+
+
+def _batch(request: Request, images: Filled, texts: Filled) -> Batch:
+    """What the consumer gets: floats, or int8 that is dequantised where it asks for it."""
+    rows = [torch.from_numpy(rows) for rows in (request.numbers, *request.rows)]
+    if isinstance(images.tokens, Int8Tokens) or isinstance(texts.tokens, Int8Tokens):
+        return StoredBatch(images.tokens, texts.tokens, texts.valid, *rows)
+    return Batch(images.tokens, texts.tokens, texts.valid, *rows)
 
 
 def iterate_rows(
@@ -271,7 +262,8 @@ def iterate_rows(
         features: The set.
         rows: Row numbers in the set, any order, repeats allowed; none may be quarantined.
         batch_size: Rows of a batch; the last one is short.
-        **reading: Fields of `Reading`, as for `TokenLoader`.
+        **reading: Fields of `Reading`, as for `TokenLoader`, but none about the order of pairs and
+            no `resident`, since each row is read once.
 
     Returns:
         An iterator over batches: their row numbers; their tokens, valid until the next batch is
@@ -283,6 +275,9 @@ def iterate_rows(
     checked = validate(Reading, reading, where="iterate_rows")
     if batch_size < 1:
         raise UsageError(f"`batch_size` is {batch_size}, it must be at least 1")
+    for name in ("locality_block", "length_window", "resident"):
+        if getattr(checked, name) is not None:
+            raise UsageError(f"`{name}` has no effect on rows that are read in the order given")
     return _iterate(features, rows, batch_size, checked)
 
 
@@ -292,10 +287,10 @@ def _iterate(
     if not len(rows):
         return
     features.shard_of(rows)  # refuses rows outside the set before their lengths are looked up
-    ring = Ring([features], [rows], min(batch_size, len(rows)), reading)
+    ring = Ring(open_readers([features], reading), [rows], min(batch_size, len(rows)), reading)
     cuts = range(0, len(rows), batch_size)
     requests = (Request(part, (part,), at) for at in cuts for part in [rows[at : at + batch_size]])
     with closing(ring.run(requests)) as results:
         for request, (filled,) in results:
             valid = filled.valid if features.spec.modality == "text" else None
-            yield request.numbers, filled.tokens, valid
+            yield request.numbers, as_float(filled.tokens), valid

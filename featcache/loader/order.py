@@ -5,6 +5,9 @@ one, and so on, each drawn from (seed, number of the permutation). A *position* 
 the row's start; the global batch at a position is the next `global_batch` pairs, of which each rank
 takes its share. So order, batches and resume depend on no rank, worker, thread or file, and the
 pairs that a trainer's epoch leaves over open its next one: no batch is short, nothing is lost.
+
+With a length window the batches of a permutation are filled anew: texts of similar length share a
+batch, so that little of it is padding. Still every pair comes once per permutation.
 """
 
 from dataclasses import dataclass, field
@@ -50,6 +53,50 @@ def permute(
     return np.lexsort((words, window)).astype(np.int64, copy=False)
 
 
+def group_by_length(
+    pairs: Int64[np.ndarray, " N"],
+    lengths: Int64[np.ndarray, " N"],
+    *,
+    first: int,
+    batch: int,
+    window: int,
+    seed: int,
+    epoch: int,
+) -> Int64[np.ndarray, " N"]:
+    """Fill the batches of a permutation with pairs whose texts are similar in length.
+
+    The pairs of `window` batches at a time are sorted by length and cut into batches again; these
+    come in random order, so that lengths do not rise and fall with the steps, and hold their pairs
+    in the permutation's order, so that no rank gets all long texts. What belongs to a batch that
+    two permutations share stays where it is.
+
+    Args:
+        pairs: A permutation of all pairs.
+        lengths: Length of each pair's text, by the pair's number.
+        first: Place in `pairs` at which the first whole batch starts.
+        batch: Pairs of a global batch.
+        window: Batches that are sorted together, at least 1. The more, the less padding, and the
+            less the pairs of a batch are a random sample.
+        seed: Of the order of batches.
+        epoch: Number of the permutation.
+
+    Returns:
+        The same pairs.
+    """
+    count = (len(pairs) - first) // batch
+    if count < 1:
+        return pairs
+    whole = slice(first, first + count * batch)
+    windows = np.arange(count) // window
+    places = np.lexsort((lengths[pairs[whole]], windows.repeat(batch))).reshape(count, batch)
+    # Another part of the generator's sequence than the permutation's words.
+    generator = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=[0, 0, 0, 1])
+    drawn = np.lexsort((generator.random_raw(count), windows))
+    grouped = pairs.copy()
+    grouped[whole] = pairs[whole][np.sort(places[drawn], axis=1).ravel()]
+    return grouped
+
+
 @dataclass(frozen=True)
 class Order:
     """Which pairs a rank gets at each position.
@@ -66,6 +113,10 @@ class Order:
         rank: This process, in `[0, world_size)`.
         shuffle: Permutations, or one plain pass.
         locality_block: See `permute`.
+        length_window: Batches whose pairs are sorted by length together, see `group_by_length`;
+            None leaves them as they are. With it the order depends on `global_batch`. No effect
+            without `shuffle`.
+        lengths: Length of each pair's text; needed for `length_window`.
     """
 
     num_pairs: int
@@ -75,6 +126,8 @@ class Order:
     rank: int = 0
     shuffle: bool = True
     locality_block: int | None = None
+    length_window: int | None = None
+    lengths: Int64[np.ndarray, " N"] | None = field(default=None, repr=False, compare=False)
     # The permutation in use, by its number: one entry, so memory is one permutation.
     _held: dict[int, Int64[np.ndarray, " N"]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -101,12 +154,36 @@ class Order:
             )
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"the seed {self.seed} is outside 0 to 2**64 - 1")
-        if self.locality_block is not None and self.locality_block < 1:
-            raise UsageError(f"`locality_block` is {self.locality_block}, it must be at least 1")
+        for name in ("locality_block", "length_window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"`{name}` is {value}, it must be at least 1")
+        known = 0 if self.lengths is None else len(self.lengths)
+        if self.length_window is not None and known != self.num_pairs:
+            raise UsageError(
+                f"`length_window` needs the length of each of {self.num_pairs} texts, "
+                f"{known} were given"
+            )
 
     def __getstate__(self) -> dict[str, object]:
         """Everything but the permutation, which the other process draws again."""
         return {**self.__dict__, "_held": {}}
+
+    @property
+    def arrangement(self) -> str:
+        """What else decides the order of pairs beside their number and the seed, in words.
+
+        Empty for a plain shuffle, whose order does not depend on the batch size. A resumed run must
+        have the same.
+        """
+        words = []
+        if self.shuffle and self.locality_block is not None:
+            words.append(f"blocks of {self.locality_block} pairs")
+        if self.shuffle and self.length_window is not None:
+            words.append(
+                f"by text length over {self.length_window} batches of {self.global_batch} pairs"
+            )
+        return ", ".join(words)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -128,10 +205,25 @@ class Order:
             return np.arange(self.num_pairs, dtype=np.int64)
         if epoch not in self._held:
             self._held.clear()
-            self._held[epoch] = permute(
-                self.num_pairs, seed=self.seed, epoch=epoch, locality_block=self.locality_block
-            )
+            self._held[epoch] = self._draw(epoch)
         return self._held[epoch]
+
+    def _draw(self, epoch: int) -> Int64[np.ndarray, " N"]:
+        """Permutation number `epoch`, its batches filled by length where that is wanted."""
+        pairs = permute(
+            self.num_pairs, seed=self.seed, epoch=epoch, locality_block=self.locality_block
+        )
+        if self.length_window is None or self.lengths is None:
+            return pairs
+        return group_by_length(
+            pairs,
+            self.lengths,
+            first=-epoch * self.num_pairs % self.global_batch,
+            batch=self.global_batch,
+            window=self.length_window,
+            seed=self.seed,
+            epoch=epoch,
+        )
 
     def global_pairs_at(self, position: int) -> Int64[np.ndarray, " G"]:
         """The global batch that starts at a position.

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float16, Float32, Int64, Num
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
@@ -23,7 +23,9 @@ from featcache.cache.reader import FeatureSet
 from featcache.config import Config
 from featcache.console import size
 from featcache.errors import UsageError
-from featcache.loader.rows import TOKENS_PATTERN, RowPlan, RowReader
+from featcache.loader.batch import Int8Tokens, may_overflow
+from featcache.loader.rows import TOKENS_PATTERN, RowReader
+from featcache.loader.sources import RowPlan
 
 MIN_READ_THREADS = 8
 """Threads that read by `pread` at least: one request at a time leaves a disk idle."""
@@ -51,8 +53,20 @@ class Reading(Config):
         pattern=TOKENS_PATTERN,
         description="all | prefix | grid | pooled | random:N; see `RowReader`.",
     )
+    text_tokens: PositiveInt | None = Field(
+        None, description="Read the first tokens of each text alone, at most so many."
+    )
     locality_block: PositiveInt | None = Field(
         None, description="Shuffle blocks of that many pairs, for disks slow at random access."
+    )
+    length_window: PositiveInt | None = Field(
+        None,
+        description="Batches that are sorted by text length together, so that less is padding.",
+    )
+    resident: str | None = Field(
+        None,
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        description="Device whose memory holds the sets; main memory where they do not fit.",
     )
 
 
@@ -81,13 +95,17 @@ def _container_memory() -> int:
 
 
 def choose_io(
-    sets: Sequence[FeatureSet], io: Literal["auto", "mmap", "pread"]
+    sets: Sequence[FeatureSet],
+    io: Literal["auto", "mmap", "pread"],
+    *,
+    aloud: bool = False,
 ) -> Literal["mmap", "pread"]:
-    """Decide how tokens are read, and log it; aloud only where it is not the fast way.
+    """Decide how tokens are read, and log it.
 
     Args:
         sets: All sets that are read together.
         io: `auto` maps when the tokens of all sets fit in the available memory.
+        aloud: Log it at level INFO; else only where it is not the fast way.
     """
     if io != "auto":
         return io
@@ -96,7 +114,7 @@ def choose_io(
     available = available_memory()
     fits = wanted <= FITS_SHARE * available
     _log.log(
-        logging.DEBUG if fits else logging.INFO,
+        logging.DEBUG if fits and not aloud else logging.INFO,
         "tokens of %s: %s, available memory: %s; %s",
         " and ".join(features.spec.title for features in sets),
         size(wanted),
@@ -104,6 +122,35 @@ def choose_io(
         "they are mapped" if fits else "they would not stay in memory, so they are read by pread",
     )
     return "mmap" if fits else "pread"
+
+
+def open_readers(
+    sets: Sequence[FeatureSet], reading: Reading, *, seed: int = 0, is_training: bool = False
+) -> list[RowReader]:
+    """A reader for each set, all with the same way of reading.
+
+    Args:
+        sets: Sets that are read together.
+        reading: Way of reading and token budgets.
+        seed: Of a random token budget.
+        is_training: Whether rows are read again and again: maps are then brought into memory in
+            the background, and the way of reading is logged aloud.
+
+    Raises:
+        UsageError: A set does not have what the budget asks for.
+    """
+    io = choose_io(sets, reading.io, aloud=is_training)
+    return [
+        RowReader(
+            one,
+            io=io,
+            tokens=reading.tokens,
+            text_tokens=reading.text_tokens,
+            seed=seed,
+            populate=is_training,
+        )
+        for one in sets
+    ]
 
 
 @dataclass(frozen=True)
@@ -126,19 +173,42 @@ class Filled:
     """What one feature set's rows became.
 
     Attributes:
-        tokens: A view of a buffer, valid until the next batch is asked for.
+        tokens: Views of a buffer, valid until the next batch is asked for; as stored.
         valid: True at real tokens, False where a shorter row is padded.
     """
 
-    tokens: Float[Tensor, "B T D"]
+    tokens: Float[Tensor, "B T D"] | Int8Tokens
     valid: Bool[Tensor, "B T"]
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """Memory for one feature set's rows of one batch.
+
+    Attributes:
+        tokens: As stored, end to end.
+        scales: Token scales of an int8 set, end to end; empty for others.
+    """
+
+    tokens: Num[Tensor, " size"]
+    scales: Float16[Tensor, " count"]
+
+    @classmethod
+    def of(cls, reader: RowReader, num_tokens: int, *, pinned: bool) -> "_Buffer":
+        """Room for so many tokens of a set."""
+        tokens = _allocate(num_tokens * reader.dim, reader.dtype, pinned=pinned)
+        count = num_tokens if reader.is_int8 else 0
+        return cls(tokens, _allocate(count, np.dtype(np.float16), pinned=pinned))
 
 
 class _Slot:
     """The buffers of one batch, one per feature set."""
 
-    def __init__(self, sizes: list[tuple[int, torch.dtype]], *, pinned: bool):
-        self.buffers = [torch.empty(n, dtype=dtype, pin_memory=pinned) for n, dtype in sizes]
+    def __init__(self, readers: Sequence[RowReader], counts: Sequence[int], *, pinned: bool):
+        self.buffers = [
+            _Buffer.of(reader, count, pinned=pinned)
+            for reader, count in zip(readers, counts, strict=True)
+        ]
         self._copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
 
     def release(self) -> None:
@@ -158,7 +228,7 @@ class _Job:
 
     slot: _Slot
     request: Request
-    filled: list[Filled]
+    plans: list[RowPlan]
     pieces: list[Future[None]]
 
 
@@ -169,43 +239,36 @@ class Ring:
     batches alone exceed the bound, two are held, and `prefetch` shrinks to one.
 
     Args:
-        sets: The feature sets.
+        readers: One for each feature set.
         rows: All rows that will be asked for, of each set; only their longest text matters.
         batch_size: Rows of the largest batch.
-        reading: Threads, prefetch, bound on memory, way of reading, token budget.
-        seed: Of a random token budget.
-        populate: See `RowReader`.
+        reading: Threads, prefetch, bound on memory.
     """
 
     def __init__(
         self,
-        sets: Sequence[FeatureSet],
+        readers: Sequence[RowReader],
         rows: Sequence[Int64[np.ndarray, " N"]],
         batch_size: int,
         reading: Reading,
-        *,
-        seed: int = 0,
-        populate: bool = False,
     ):
-        io = choose_io(sets, reading.io)
-        self._readers = [
-            RowReader(one, io=io, tokens=reading.tokens, seed=seed, populate=populate)
-            for one in sets
+        self._readers = readers
+        reads = any(reader.io == "pread" for reader in readers)
+        self._threads = max(reading.threads, MIN_READ_THREADS if reads else 1)
+        counts = [
+            batch_size * int(reader.counts(some).max(initial=0))
+            for reader, some in zip(readers, rows, strict=True)
         ]
-        self._threads = max(reading.threads, MIN_READ_THREADS if io == "pread" else 1)
-        sizes = [
-            (
-                batch_size * reader.width(some) * reader.dim,
-                torch.from_numpy(np.empty(0, reader.dtype)).dtype,
-            )
-            for reader, some in zip(self._readers, rows, strict=True)
-        ]
-        batch_bytes = sum(count * dtype.itemsize for count, dtype in sizes)
+        batch_bytes = sum(
+            count * reader.token_bytes for count, reader in zip(counts, self._readers, strict=True)
+        )
         fitting = max(2, reading.buffer_mb * 2**20 // max(1, batch_bytes))
         # One more than are handed out or filled, so that a copy to a GPU need not be waited for.
         num_slots = min(reading.prefetch + 2, fitting)
         self._ahead = min(reading.prefetch, num_slots - 1)
-        self._slots = [_Slot(sizes, pinned=_can_pin()) for _ in range(num_slots)]
+        pinned = _can_pin()
+        self._slots = [_Slot(self._readers, counts, pinned=pinned) for _ in range(num_slots)]
+        self._channels = [_channels(one, pinned=pinned) for one in readers]
 
     def run(
         self, requests: Iterator[Request]
@@ -241,7 +304,7 @@ class Ring:
                 job = waiting.popleft()
                 for piece in job.pieces:
                     piece.result()
-                yield job.request, job.filled
+                yield job.request, self._filled(job)
                 _refuse_fork(owner)
                 job.slot.release()
         finally:
@@ -253,13 +316,29 @@ class Ring:
         job = _Job(slot, request, [], [])
         for reader, buffer, rows in zip(self._readers, slot.buffers, request.rows, strict=True):
             plan = reader.plan(rows, position=request.position)
-            shape = (len(rows), plan.width, reader.dim)
-            tokens = buffer[: prod(shape)].view(shape)
-            job.filled.append(Filled(tokens, torch.from_numpy(plan.valid)))
+            job.plans.append(plan)
+            tokens, scales = _views(reader, buffer, plan)
             for part in self._parts(len(rows), tokens.nbytes):
-                out = tokens[part].numpy()
-                job.pieces.append(pool.submit(_fill, slot, reader, plan, part, out))
+                some = None if scales is None else scales[part].numpy()
+                job.pieces.append(
+                    pool.submit(_fill, slot, reader, plan, part, tokens[part].numpy(), some)
+                )
         return job
+
+    def _filled(self, job: _Job) -> list[Filled]:
+        """What a finished batch's rows became."""
+        filled = []
+        for reader, buffer, plan, channels in zip(
+            self._readers, job.slot.buffers, job.plans, self._channels, strict=True
+        ):
+            stored, scales = _views(reader, buffer, plan)
+            tokens: Tensor | Int8Tokens = stored
+            if scales is not None and channels is not None:
+                overflow = may_overflow(scales, channels)
+                title = str(reader.features.folder)
+                tokens = Int8Tokens(stored, scales, channels, overflow, title)
+            filled.append(Filled(tokens, torch.from_numpy(plan.valid)))
+        return filled
 
     def _parts(self, num_rows: int, size_bytes: int) -> list[slice]:
         """Cut a batch's rows into one piece per thread, fewer where they would be tiny."""
@@ -267,12 +346,51 @@ class Ring:
         return [slice(a, b) for a, b in pairwise(num_rows * n // count for n in range(count + 1))]
 
 
+def _views(
+    reader: RowReader, buffer: _Buffer, plan: RowPlan
+) -> tuple[Num[Tensor, "B T D"], Float16[Tensor, "B T"] | None]:
+    """The part of a buffer that a batch needs, in its shape; scales of int8 sets alone."""
+    rows = (len(plan.rows), plan.width)
+    shape = (*rows, reader.dim)
+    scales = buffer.scales[: prod(rows)].view(rows) if reader.is_int8 else None
+    return buffer.tokens[: prod(shape)].view(shape), scales
+
+
 def _fill(
-    slot: _Slot, reader: RowReader, plan: RowPlan, part: slice, out: Float[np.ndarray, "B T D"]
+    slot: _Slot,
+    reader: RowReader,
+    plan: RowPlan,
+    part: slice,
+    out: Num[np.ndarray, "B T D"],
+    scales: Float16[np.ndarray, "B T"] | None,
 ) -> None:
     """One piece of a thread's work."""
     slot.wait()
-    reader.fill(plan, part, out)
+    reader.fill(plan, part, out, scales)
+
+
+def _allocate(count: int, dtype: np.dtype[Any], *, pinned: bool) -> Num[Tensor, " count"]:
+    """Memory for so many numbers, in large pages and from a multiple of 64 bytes on.
+
+    numpy asks for large pages, but its large arrays start 16 bytes off: copying rows there takes a
+    quarter more time. torch's small pages cost a tenth.
+    """
+    if pinned:
+        some = torch.from_numpy(np.empty(0, dtype))
+        return torch.empty(count, dtype=some.dtype, pin_memory=True)
+    size_bytes = count * dtype.itemsize
+    memory = np.empty(size_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return torch.from_numpy(memory[start : start + size_bytes].view(dtype))
+
+
+def _channels(reader: RowReader, *, pinned: bool) -> Float32[Tensor, " D"] | None:
+    """The channel scales of an int8 set, ready to be copied to a GPU."""
+    channel_scale = reader.features.scale_channel
+    if channel_scale is None or not reader.is_int8:
+        return None
+    channels = torch.from_numpy(channel_scale.copy())
+    return channels.pin_memory() if pinned else channels
 
 
 def _refuse_fork(owner: int) -> None:

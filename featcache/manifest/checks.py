@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,8 @@ from featcache.manifest.splits import SPLIT_NAMES
 
 MAX_KEY_BYTES = 128
 LABEL_PREFIX = "label:"
-TEXT_UNITS = ("report", "sentence")
+TextUnit = Literal["report", "sentence"]
+TEXT_UNITS: tuple[TextUnit, ...] = get_args(TextUnit)
 _VISIBLE = r"[^\s\p{Z}\p{Cc}]"
 _PIECE_ROWS = 20_000
 

@@ -36,6 +36,7 @@ from featcache.errors import CacheError, ConfigError, ManifestError
 from featcache.manifest.checks import (
     LABEL_PREFIX,
     ROW_COLUMN,
+    TextUnit,
     check_images,
     check_texts,
     conflict_sentence,
@@ -46,6 +47,7 @@ from featcache.manifest.checks import (
     text_id,
     text_ids,
 )
+from featcache.manifest.units import SENTENCE_POLICY, SentenceCounts, cut_into_sentences
 
 __all__ = [
     "FunnelStep",
@@ -88,6 +90,9 @@ class ManifestMeta(Config):
     )
     policies: dict[str, str] = Field(default_factory=dict, description="Choices that were made.")
     funnel: list[FunnelStep] = Field(default_factory=list, description="What was dropped and why.")
+    sentences: SentenceCounts | None = Field(
+        default=None, description="How reports were cut; none = the texts are whole reports."
+    )
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,8 @@ class Manifest:
             lines += [f"  {-lost:>9,}    {why}" for why, lost in step.dropped.items() if lost]
         splits = ", ".join(f"{name} {count:,}" for name, count in self.split_counts().items())
         lines.append(f"images {self.images.num_rows:,} ({splits}); pairs {self.texts.num_rows:,}")
+        if self.meta.sentences is not None:
+            lines.append(self.meta.sentences.to_text())
         lines += [f"! {sentence}" for sentence in self.meta.notes]
         return "\n".join(
             [*lines, f"wrote {self.folder}", "next: featcache extract --backbone NAME"]
@@ -224,6 +231,7 @@ def write_manifest(  # noqa: PLR0913 - the one place where a reader hands over a
     notes: Sequence[str] = (),
     policies: Mapping[str, str] | None = None,
     synthetic: bool = False,
+    text_unit: TextUnit = "report",
 ) -> Manifest:
     """Check two tables and write them as a manifest.
 
@@ -241,6 +249,7 @@ def write_manifest(  # noqa: PLR0913 - the one place where a reader hands over a
         notes: Sentences that every table of results must carry.
         policies: Choices that shaped the rows; part of the hash.
         synthetic: Whether a program drew the data.
+        text_unit: `sentence` cuts each text into its sentences, each a text of its own.
 
     Raises:
         ManifestError: The tables cannot be trusted; all problems are named at once.
@@ -260,13 +269,19 @@ def write_manifest(  # noqa: PLR0913 - the one place where a reader hands over a
     if len(text_conflicts):
         problems.append(f"{len(text_conflicts):,} texts of an image stand there in two units")
     problems += check_funnel(funnel, images.num_rows)
+    if text_unit == "sentence" and not texts.num_rows:
+        problems.append("there is no text to cut into sentences")
     if problems:
         raise ManifestError("\n  ".join(problems), where=f"{dataset} -> {folder}")
-    steps = _with_merge_step(funnel, images.num_rows, len(kept))
+    steps, policies = _with_merge_step(funnel, images.num_rows, len(kept)), dict(policies or {})
+    sentences = None
+    if text_unit == "sentence":
+        texts, sentences = _cut(texts, steps)
+        policies["text_unit"] = SENTENCE_POLICY
+        kept_texts, _ = distinct_rows(texts, ["key", "text_id"], same=[])
     if len(kept_texts) < texts.num_rows:
         note(f"{texts.num_rows - len(kept_texts):,} identical image-text pairs were merged")
     images, texts = take_rows(images, kept), take_rows(texts, kept_texts)
-    policies = dict(policies or {})
     meta = ManifestMeta(
         name=folder.resolve().name,
         dataset=dataset,
@@ -277,6 +292,7 @@ def write_manifest(  # noqa: PLR0913 - the one place where a reader hands over a
         notes=list(notes),
         policies=policies,
         funnel=steps,
+        sentences=sentences,
     )
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in (("images", images), ("texts", texts)):
@@ -302,6 +318,19 @@ def _with_merge_step(funnel: Sequence[FunnelStep], given: int, kept: int) -> lis
         dropped = {"identical row": given - kept}
         steps.append(FunnelStep(name="distinct images", count=kept, dropped=dropped))
     return steps
+
+
+def _cut(texts: pa.Table, steps: list[FunnelStep]) -> tuple[pa.Table, SentenceCounts]:
+    """Texts by sentence; a step is appended when images lose their text by it."""
+    before = int(pc.count_distinct(texts["key"]).as_py())
+    texts, counts = cut_into_sentences(texts)
+    left = int(pc.count_distinct(texts["key"]).as_py())
+    if left < before:
+        dropped = {"no sentence in its report (kept without text)": before - left}
+        if steps[-1].count > before:
+            dropped["no report"] = steps[-1].count - before
+        steps.append(FunnelStep(name="images with a sentence", count=left, dropped=dropped))
+    return texts, counts
 
 
 def _parquet_bytes(table: pa.Table) -> bytes:

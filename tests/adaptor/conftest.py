@@ -1,5 +1,6 @@
 """A small workspace of made-up tokens in which each text repeats a linear view of its image."""
 
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from adaptor.spaces import Space
 
+from featcache.adaptor import stage
 from featcache.adaptor.run import RunConfig
+from featcache.adaptor.train import train_adaptor
 from featcache.cache.folder import FeatureSetWriter
 from featcache.cache.format import FeatureSetSpec, plan_shards
 from featcache.cache.reader import FeatureSet
@@ -130,3 +135,55 @@ def make_config() -> Callable[..., RunConfig]:
 def study(tmp_path_factory) -> Study:
     """Not to be changed by a test: runs go to folders of their own."""
     return build(tmp_path_factory.mktemp("study"), notes=["The tokens are made up."])
+
+
+@pytest.fixture
+def run(study, tmp_path):
+    """Train in a folder of its own; arguments change the config, or say where."""
+
+    def start(name="run", *, on=study, **changes):
+        config = run_config(**changes)
+        return train_adaptor(
+            on.images, on.texts, on.manifest, tmp_path / name, config, device="cpu"
+        )
+
+    return start
+
+
+@pytest.fixture
+def break_gradient(monkeypatch):
+    """Let the gradient of one weight be infinite from a step on."""
+    whole = stage.build_adaptor
+
+    def arm(first):
+        def broken(*arguments):
+            adaptor, objective = whole(*arguments)
+            calls = iter(range(1, 1000))
+            adaptor.logit_scale.register_hook(
+                lambda gradient: gradient * torch.inf if next(calls) >= first else gradient
+            )
+            return adaptor, objective
+
+        monkeypatch.setattr(stage, "build_adaptor", broken)
+
+    return arm
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Processes that start with everything imported, from a parent that never computed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["featcache.adaptor.train"])
+    return context
+
+
+@pytest.fixture(scope="session")
+def make_space(processes, tmp_path_factory) -> Callable[[], Space]:
+    """Workspaces in which the command line is typed by processes of their own."""
+
+    def make() -> Space:
+        root = tmp_path_factory.mktemp("space")
+        build(root).workspace.use(manifest="made", image="made-image", text="made-text")
+        return Space(root, processes)
+
+    return make

@@ -3,22 +3,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contracts.objective_contract import DIM, IMAGE_DIM, TEXT_DIM, ObjectiveContract, random_batch
+from contracts.objective_contract import DIM, ObjectiveContract, random_batch
 from torch.nn import functional
 
+from featcache.adaptor.dual import Dual
 from featcache.adaptor.model import Adaptor, AdaptorConfig, count_parameters
 from featcache.adaptor.objectives import (
     OBJECTIVES,
-    Dual,
-    batch_positives,
     build_objective,
-    chance_recall,
-    infonce,
-    retrieval_metrics,
-    retrieval_ranks,
-    unpaired_scores,
 )
-from featcache.errors import ConfigError, TrainingError
+from featcache.errors import ConfigError
 
 
 def small(**changes) -> AdaptorConfig:
@@ -49,6 +43,41 @@ class TestAllPairs(ObjectiveContract):
         assert count_parameters(objective) == DIM * DIM
 
 
+class TestLogSumExp(ObjectiveContract):
+    config = small(objective="allpairs", pooling="logsumexp")
+
+    def test_a_score_lies_between_the_mean_and_the_largest_cosine(self, objective, adaptor):
+        images, texts = self.encode(objective, adaptor, random_batch())
+        cosines = torch.einsum("ild,jd->ijl", images, texts)
+        scores = objective.score(images, texts, torch.ones(()))
+        assert (scores >= cosines.mean(dim=2) - 1e-6).all()
+        assert (scores <= cosines.amax(dim=2) + 1e-6).all()
+        with torch.no_grad():
+            objective.sharpness_logit.fill_(20)
+        sharp = objective.score(images, texts, torch.ones(()))
+        assert torch.allclose(sharp, cosines.amax(dim=2), atol=0.02)
+
+    def test_the_sharpness_starts_at_ten(self, objective):
+        assert objective.sharpness.item() == pytest.approx(10)
+
+
+class TestManyHeads(ObjectiveContract):
+    config = small(objective="allpairs", pooling="heads")
+
+    def test_a_score_is_what_attention_of_torch_gives(self, objective, adaptor):
+        images, texts = self.encode(objective, adaptor, random_batch())
+        theirs = torch.nn.MultiheadAttention(DIM, 4, batch_first=True)
+        with torch.no_grad():
+            theirs.in_proj_weight.copy_(
+                torch.cat([objective.query.weight, objective.key_value.weight])
+            )
+            theirs.out_proj.load_state_dict(objective.out.state_dict())
+        asked = texts.expand(6, 6, DIM)
+        drawn, _ = theirs(asked, images, images)
+        expected = adaptor.scale * functional.cosine_similarity(drawn, asked, dim=2)
+        assert torch.allclose(objective.score(images, texts, adaptor.scale), expected, atol=1e-4)
+
+
 class TestDual(ObjectiveContract):
     config = small(objective="dual")
 
@@ -56,8 +85,26 @@ class TestDual(ObjectiveContract):
         assert count_parameters(objective) == 0
 
 
+class TestDualWithMatching(ObjectiveContract):
+    config = small(objective="dual", matching=0.5)
+
+    def test_the_contrast_is_that_of_dual(self, objective, adaptor):
+        batch = random_batch()
+        with_matching, without = objective(adaptor, batch), Dual()(adaptor, batch)
+        assert torch.equal(with_matching.logits_per_image, without.logits_per_image)
+        assert with_matching.loss > without.loss
+
+
+class TestSigmoid(ObjectiveContract):
+    config = small(objective="dual", loss="sigmoid")
+
+    def test_it_adds_a_bias(self, objective):
+        assert count_parameters(objective) == 1
+
+
 class TestPaperWithoutFusion(ObjectiveContract):
     config = small(objective="paper", text_to_image_weight=0.75)
+    has_map = False
 
     def test_query_and_key_weights_get_no_gradient(self, objective, adaptor):
         objective(adaptor, random_batch()).loss.backward()
@@ -84,6 +131,7 @@ class TestPaperWithoutFusion(ObjectiveContract):
 
 class TestPaperWithFirstToken(ObjectiveContract):
     config = small(objective="paper", paper_vector="first")
+    has_map = False
 
     def test_other_tokens_have_no_influence(self, objective, adaptor):
         tokens = random_batch().image_tokens
@@ -95,6 +143,7 @@ class TestPaperWithFirstToken(ObjectiveContract):
 class TestPaperOwnPair(ObjectiveContract):
     config = small(objective="paper", fusion="own-pair")
     leaks = True
+    has_map = False
 
     def test_it_says_that_it_leaks(self, objective):
         assert "LEAKS" in objective.notice
@@ -116,142 +165,3 @@ def test_every_objective_has_a_contract():
 def test_an_unknown_objective_offers_the_nearest_name():
     with pytest.raises(ConfigError, match="unknown objective `duall`; did you mean `dual`"):
         build_objective(small(objective="duall"))
-
-
-def test_equal_images_and_equal_texts_are_positives():
-    batch = replace(
-        random_batch(4),
-        image_rows=torch.tensor([7, 8, 7, 9]),
-        text_rows=torch.tensor([1, 2, 3, 2]),
-    )
-    expected = torch.eye(4, dtype=torch.bool)
-    expected[[0, 2], [2, 0]] = True  # the image of rows 0 and 2
-    expected[[1, 3], [3, 1]] = True  # the text of rows 1 and 3
-    assert torch.equal(batch_positives(batch), expected)
-
-
-def test_with_one_positive_each_the_loss_is_symmetric_cross_entropy():
-    torch.manual_seed(0)
-    logits, own = torch.randn(5, 5), torch.arange(5)
-    to_texts = functional.cross_entropy(logits, own)
-    to_images = functional.cross_entropy(logits.T, own)
-    diagonal = torch.eye(5, dtype=torch.bool)
-    assert infonce(logits, diagonal).item() == pytest.approx(((to_texts + to_images) / 2).item())
-    assert infonce(logits, diagonal, 1.0).item() == pytest.approx(to_images.item())
-    assert infonce(logits, diagonal, 0.75).item() == pytest.approx(
-        (0.25 * to_texts + 0.75 * to_images).item()
-    )
-
-
-def test_loss_with_several_positives_equals_a_hand_computation():
-    # Image 0 owns texts 0 and 1, which score 2 and 0; text 2 scores 1.
-    logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0], [0.0, 0.0, 4.0]])
-    positives = torch.tensor([[True, True, False], [True, True, False], [False, False, True]])
-    e = math.exp
-    rows = [
-        math.log(e(2) + 1 + e(1)) - (2 + 0) / 2,
-        math.log(1 + e(3) + 1) - (0 + 3) / 2,
-        math.log(1 + 1 + e(4)) - 4,
-    ]
-    columns = [
-        math.log(e(2) + 1 + 1) - (2 + 0) / 2,
-        math.log(1 + e(3) + 1) - (0 + 3) / 2,
-        math.log(e(1) + 1 + e(4)) - 4,
-    ]
-    assert infonce(logits, positives, 0.0).item() == pytest.approx(sum(rows) / 3)
-    assert infonce(logits, positives, 1.0).item() == pytest.approx(sum(columns) / 3)
-
-
-def test_four_images_of_one_report_reach_the_floor_of_log_four_when_they_score_equally():
-    report = torch.arange(16) // 4
-    positives = report.unsqueeze(1) == report
-    equal = positives.float() * 100
-    assert infonce(equal, positives).item() == pytest.approx(math.log(4), abs=1e-5)
-    uneven = equal + torch.diag(torch.full((16,), 3.0))
-    assert infonce(uneven, positives) > infonce(equal, positives)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_temperature_that_runs_away_stays_finite(dtype):
-    torch.manual_seed(0)
-    adaptor = Adaptor(IMAGE_DIM, TEXT_DIM, dim=DIM, layers=1, heads=4, feedforward=24, dropout=0.0)
-    with torch.no_grad():
-        adaptor.logit_scale.fill_(12.0)
-    objective, batch = Dual(), random_batch(64)
-    optimizer = torch.optim.SGD([adaptor.logit_scale], lr=1.0)
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        images = objective.encode_images(adaptor, batch.image_tokens).detach()
-        texts = objective.encode_texts(adaptor, batch.text_tokens, batch.text_valid).detach()
-    for _ in range(50):
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            logits = objective.score(images, texts, adaptor.scale)
-        loss = infonce(logits, batch_positives(batch))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        adaptor.clamp_logit_scale()
-        assert loss.isfinite()
-        assert adaptor.scale <= 100.0
-    assert adaptor.scale < 99.0  # random pairs want a cooler one, so it must have come back
-
-
-def test_ranks_count_from_one_and_take_the_best_positive():
-    scores = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]])
-    positives = torch.tensor([[True, False, True], [False, False, True]])
-    assert retrieval_ranks(scores, positives).tolist() == [2, 3]
-
-
-def test_ties_and_nan_count_against_us():
-    own = torch.eye(4, dtype=torch.bool)
-    assert retrieval_ranks(torch.zeros(4, 4), own).tolist() == [4, 4, 4, 4]
-    assert retrieval_ranks(torch.full((4, 4), torch.nan), own).tolist() == [4, 4, 4, 4]
-    one_bad = torch.eye(4)
-    one_bad[0, 0] = torch.nan
-    one_bad[1, 2] = torch.nan
-    assert retrieval_ranks(one_bad, own).tolist() == [4, 2, 1, 1]
-    infinite = torch.zeros(4, 4).fill_diagonal_(-torch.inf)
-    assert retrieval_ranks(infinite, own).tolist() == [4, 4, 4, 4]
-
-
-def test_a_query_without_a_positive_is_refused():
-    positives = torch.tensor([[True, False], [False, False]])
-    with pytest.raises(TrainingError, match="1 of 2 queries have no positive"):
-        retrieval_ranks(torch.zeros(2, 2), positives)
-
-
-def test_metrics_of_ranks():
-    metrics = retrieval_metrics(torch.tensor([1, 2, 6, 20]))
-    assert metrics["recall_at_1"] == 0.25
-    assert metrics["recall_at_5"] == 0.5
-    assert metrics["recall_at_10"] == 0.75
-    assert metrics["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 6 + 1 / 20) / 4)
-    assert metrics["median_rank"] == 4.0
-
-
-def test_chance_is_what_random_orders_reach():
-    torch.manual_seed(0)
-    positives = torch.zeros(3, 12, dtype=torch.bool)
-    for row, count in enumerate((1, 3, 9)):
-        positives[row, :count] = True
-    ranks = torch.stack([retrieval_ranks(torch.rand(3, 12), positives) for _ in range(3000)])
-    for k in (1, 5, 10):
-        found = (ranks <= k).double().mean().item()
-        assert chance_recall(positives, k) == pytest.approx(found, abs=0.015)
-    assert chance_recall(torch.eye(4, dtype=torch.bool), 10) == 1.0
-
-
-def test_unpaired_scores_do_not_depend_on_how_they_are_cut(monkeypatch):
-    monkeypatch.setattr("featcache.adaptor.objectives.TEXTS_AT_ONCE", 4)
-    torch.manual_seed(0)
-    adaptor = Adaptor(IMAGE_DIM, TEXT_DIM, dim=DIM, layers=1, heads=4, feedforward=24).eval()
-    objective, batch = build_objective(small()), random_batch(7)
-    texts = [(batch.text_tokens, batch.text_valid)]
-    cut = [
-        (batch.text_tokens[:2], batch.text_valid[:2]),
-        (batch.text_tokens[2:], batch.text_valid[2:]),
-    ]
-    whole = unpaired_scores(objective, adaptor, [batch.image_tokens], texts)
-    parts = unpaired_scores(objective, adaptor, batch.image_tokens.split(3), cut)
-    assert whole.shape == (7, 7)
-    assert torch.allclose(whole, parts, atol=1e-5)
-    assert torch.allclose(whole, objective(adaptor, batch).logits_per_image, atol=1e-5)

@@ -1,10 +1,10 @@
 import pytest
 import torch
+from adaptor.largest_tensor import LargestTensor
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from featcache.adaptor import pooling
-from featcache.adaptor.pooling import pooled_cosine
+from featcache.adaptor.pooling import pooled_cosine, pooled_logsumexp
 
 
 def plain(images, queries, targets):
@@ -20,19 +20,7 @@ def inputs(dtype=torch.float64, images=5, texts=4, tokens=7, dim=6):
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers how many numbers the largest tensor held that any operation made."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.largest = max(self.largest, out.numel())
-        return out
-
-
-@pytest.mark.parametrize("block", [1, 60, 2**20], ids=["image by image", "in blocks", "at once"])
+@pytest.mark.parametrize("block", [1, 110, 2**20], ids=["image by image", "in blocks", "at once"])
 def test_scores_and_gradients_are_those_of_the_plain_function(monkeypatch, block):
     monkeypatch.setattr(pooling, "CPU_BLOCK_NUMBERS", block)
     ours, theirs = inputs(), inputs()
@@ -75,3 +63,39 @@ def test_a_text_without_content_scores_zero_with_finite_gradients():
     blank = torch.zeros_like(images).requires_grad_()
     pooled_cosine(blank, queries, targets).sum().backward()
     assert blank.grad.isfinite().all()
+
+
+def plain_logsumexp(images, queries):
+    return torch.einsum("ild,jd->ijl", images, queries).logsumexp(dim=2)
+
+
+@pytest.mark.parametrize("block", [1, 110, 2**20], ids=["image by image", "in blocks", "at once"])
+def test_log_sum_exps_and_gradients_are_those_of_the_plain_function(monkeypatch, block):
+    monkeypatch.setattr(pooling, "CPU_BLOCK_NUMBERS", block)
+    ours, theirs = inputs()[:2], inputs()[:2]
+    outer = torch.randn(5, 4, dtype=torch.float64)
+    scores, expected = pooled_logsumexp(*ours), plain_logsumexp(*theirs)
+    assert torch.allclose(scores, expected)
+    (scores * outer).sum().backward()
+    (expected * outer).sum().backward()
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one.grad, other.grad)
+
+
+def test_no_tensor_over_all_pairs_and_tokens_is_made_for_log_sum_exps(monkeypatch):
+    monkeypatch.setattr(pooling, "CPU_BLOCK_NUMBERS", 2 * 24 * 10)
+    given = inputs(torch.float32, images=32, texts=24, tokens=10, dim=8)
+    with LargestTensor() as seen:
+        pooled_logsumexp(*given[:2]).sum().backward()
+    assert seen.largest < 32 * 24 * 10 / 2
+
+
+def test_under_autocast_log_sum_exps_are_float32():
+    given = [x.detach().requires_grad_() for x in inputs(torch.float32)[:2]]
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = pooled_logsumexp(*given)
+    assert scores.dtype == torch.float32
+    assert torch.allclose(scores, plain_logsumexp(*given), atol=0.1)
+    assert not torch.equal(scores, pooled_logsumexp(*given))
+    scores.sum().backward()
+    assert given[0].grad.dtype == torch.float32

@@ -3,6 +3,7 @@ import json
 import pytest
 import yaml
 
+from featcache.adaptor.model import count_parameters
 from featcache.adaptor.run import (
     MetricsLog,
     RunConfig,
@@ -14,6 +15,7 @@ from featcache.adaptor.run import (
     start_folder,
     write_facts,
 )
+from featcache.adaptor.saved import build_adaptor
 from featcache.config import find_config, load_config
 from featcache.errors import ConfigError, TrainingError
 
@@ -51,10 +53,22 @@ def test_the_shipped_paper_config_has_the_papers_values():
     )
 
 
+@pytest.mark.parametrize(
+    ("image_dim", "count"), [(768, 12_207_617), (384, 11_912_705), (512, 12_011_009)]
+)
+def test_the_shipped_paper_config_has_the_papers_number_of_parameters(image_dim, count):
+    config = load_run_config(find_config("runs", "paper"))
+    modules = build_adaptor(config.adaptor, image_dim, 768)
+    assert sum(map(count_parameters, modules)) == count
+
+
 def test_names_and_means_do_not_make_another_run():
     named = identity(images="vit-b", manifest="mimic", threads=7, buffer_mb=64, io="pread")
     assert named == identity()
-    assert identity(lr=1.0) != identity()
+    means = {"devices": 2, "gradient_cache": 8, "compile": True, "resident": True}
+    assert identity(checkpoint_every=5, **means) == identity()
+    for changes in ({"lr": 1.0}, {"tokens": "grid"}, {"text_tokens": 4}, {"queue": 8}):
+        assert identity(**changes) != identity()
 
 
 def test_a_finished_run_of_the_same_identity_is_recognised(tmp_path):
@@ -120,3 +134,22 @@ def test_a_result_says_what_was_written_and_what_comes_next(tmp_path):
     again = RunResult(tmp_path, "unchanged", facts)
     assert again.to_text().startswith("nothing to do, finished before")
     assert again.to_json()["did"] == "unchanged"
+
+
+def test_the_metrics_are_cut_back_to_a_step_and_go_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        for step in range(1, 5):
+            log.write("step", step=step)
+            if step % 2 == 0:
+                log.write("validate", epoch=step // 2 - 1)
+    path.write_text(path.read_text() + '{"kind": "step", "st')  # killed in the middle of a line
+    with MetricsLog(path, keep_steps=3, keep_validations=1) as log:
+        log.write("step", step=4)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    names = [one.get("step", f"epoch {one.get('epoch')}") for one in found]
+    assert names == [1, 2, "epoch 0", 3, 4]
+    assert log.kept == found[:4]
+    with MetricsLog(path):
+        pass
+    assert path.read_text() == ""

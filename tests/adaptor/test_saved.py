@@ -145,3 +145,36 @@ def test_a_folder_without_an_adaptor_says_what_to_do(tmp_path, saved):
     (saved[0] / WEIGHTS).unlink()
     with pytest.raises(TrainingError, match="the Adaptor's weights are missing"):
         load_adaptor(saved[0])
+
+
+def test_an_adaptor_saved_before_an_option_existed_still_loads(saved):
+    folder, adaptor, _ = saved
+    facts = json.loads((folder / FACTS).read_text())
+    for name in ("pooling", "matching"):
+        del facts["config"][name]
+    (folder / FACTS).write_text(json.dumps(facts))
+    loaded = load_adaptor(folder)
+    assert loaded.config == CONFIG
+    assert torch.equal(loaded.adaptor.logit_scale, adaptor.logit_scale)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "sigmoid"},
+        {"pooling": "logsumexp"},
+        {"pooling": "heads"},
+        {"objective": "dual", "matching": 0.5},
+    ],
+    ids=lambda changes: "-".join(str(value) for value in changes.values()),
+)
+def test_weights_of_each_kind_come_back(tmp_path, changes):
+    config = CONFIG.model_copy(update=changes)
+    adaptor, objective = build_adaptor(config, 12, 8)
+    for parameter in objective.parameters():
+        torch.nn.init.normal_(parameter)
+    save_adaptor(tmp_path, adaptor, objective, config, image=IMAGE, text=TEXT, notes=[])
+    loaded = load_adaptor(tmp_path)
+    assert objective.state_dict()
+    for name, tensor in objective.state_dict().items():
+        assert torch.equal(tensor, loaded.objective.state_dict()[name])

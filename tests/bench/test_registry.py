@@ -19,6 +19,16 @@ PROMISED = {
     "int8_probe_flips": 1.0,
     "help_s": 0.5,
     "open_1000_shards_s": 1.0,
+    "gather_vs_memcpy": 0.9,
+    "gather_vs_peers": 8,
+    "gather_vs_batch_peers": 1.0,
+    "cold_vs_sequential": 0.8,
+    "gather_scaling": 1.15,
+    "train_memory_gb": 1,
+    "step_vs_memory": 0.98,
+    "online_vs_cached": 0.8,
+    "allpairs_cost[memory]": 1.0,
+    "allpairs_cost[step]": 0.1,
 }
 
 

@@ -3,8 +3,8 @@ import pyarrow as pa
 import pytest
 
 from featcache.cache.reader import FeatureSet, open_cache
-from featcache.errors import CacheError
-from featcache.manifest.table import Manifest, ManifestMeta
+from featcache.errors import CacheError, ManifestError, WorkspaceError
+from featcache.manifest.table import Manifest, ManifestMeta, write_manifest
 
 
 def make_manifest(tmp_path, pairs, splits):
@@ -54,6 +54,41 @@ def test_pairs_are_joined_by_key_and_text_id(folders, tmp_path):
         "text has no features": 1,
         "text could not be read": 1,
     }
+
+
+def write_workspace(build, root):
+    """A manifest of two pairs, and both sets, under names."""
+    columns = ("subject_id", "study_id", "view_position", "split", "source", "image_path")
+    images = pa.table({"key": ["key-0", "key-1"], **{name: ["train", "train"] for name in columns}})
+    words = {"text": ["effusion", "clear lungs"], "unit": ["report"] * 2}
+    texts = pa.table({"key": ["key-1", "key-0"], **words})
+    manifest = write_manifest(
+        root / "manifests" / "few", images, texts, dataset="test", image_root=root
+    )
+    ids = manifest.texts["text_id"].to_pylist()
+    specs = build.make_spec(), build.make_spec("text")
+    contents = [build.make_content(spec, 2) for spec in specs]
+    contents[1].keys = ids
+    for spec, content in zip(specs, contents, strict=True):
+        build.write_set(root / "features" / spec.modality / "tiny", spec, content)
+
+
+def test_the_manifest_may_be_a_folder_and_all_three_names_of_a_workspace(build, tmp_path):
+    write_workspace(build, tmp_path)
+    folders = [tmp_path / "features" / kind / "tiny" for kind in ("image", "text")]
+    by_folder = open_cache(*folders, str(tmp_path / "manifests" / "few"))
+    by_name = open_cache("tiny", "tiny", "few", root=tmp_path)
+    mixed = open_cache(FeatureSet.open(folders[0]), folders[1], "few", root=str(tmp_path))
+    assert by_folder.num_pairs == 2
+    assert by_folder.fingerprint == by_name.fingerprint == mixed.fingerprint
+
+
+def test_a_name_that_is_not_there_is_refused_with_the_names_that_are(build, tmp_path):
+    write_workspace(build, tmp_path)
+    with pytest.raises(WorkspaceError, match="no image feature set `tin`; did you mean `tiny`"):
+        open_cache("tin", "tiny", "few", root=tmp_path)
+    with pytest.raises(ManifestError, match="there is no manifest in this folder"):
+        open_cache(*[tmp_path / "features" / k / "tiny" for k in ("image", "text")], tmp_path)
 
 
 def test_pairs_follow_the_manifest_and_not_the_sets(folders, tmp_path):

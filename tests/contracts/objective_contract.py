@@ -1,7 +1,8 @@
 """What every objective must keep to; a test class per objective inherits it.
 
 The class gives `config` (an `AdaptorConfig` of width 16). An objective whose training score is
-meant to know the partner says so with `leaks = True`.
+meant to know the partner says so with `leaks = True`, one that knows no places of an image with
+`has_map = False`.
 """
 
 import pytest
@@ -9,9 +10,21 @@ import torch
 
 from featcache.adaptor.model import Adaptor
 from featcache.adaptor.objectives import build_objective
-from featcache.loader.gather import Batch
+from featcache.errors import UsageError
+from featcache.loader.batch import Batch
 
 IMAGE_DIM, TEXT_DIM, DIM = 12, 8, 16
+
+
+def gradients(objective, adaptor, batch, **how) -> dict[str, torch.Tensor]:
+    """Of one step, by the names of the parameters, with the loss beside them."""
+    for module in (objective, adaptor):
+        module.zero_grad()
+    torch.manual_seed(3)
+    loss = objective(adaptor, batch, **how).loss
+    loss.backward()
+    parameters = [*adaptor.named_parameters(), *objective.named_parameters(prefix="objective")]
+    return {name: p.grad.clone() for name, p in parameters} | {"loss": loss.detach()}
 
 
 def random_batch(
@@ -33,6 +46,7 @@ def random_batch(
 
 class ObjectiveContract:
     leaks = False
+    has_map = True
 
     @pytest.fixture
     def adaptor(self):
@@ -118,3 +132,55 @@ class ObjectiveContract:
         assert vector.ndim == 2
         assert len(vector) == 6
         assert vector.dtype == torch.float32
+
+    @pytest.mark.parametrize("chunk", [1, 4, 6])
+    def test_the_gradient_cache_changes_nothing(self, objective, adaptor, chunk):
+        batch = random_batch()
+        if self.leaks:  # fused pairs cannot be encoded apart
+            with pytest.raises(UsageError, match="knows no gradient cache, no ranks and no queue"):
+                objective(adaptor, batch, chunk=chunk)
+            return
+        plain = gradients(objective, adaptor, batch)
+        cached = gradients(objective, adaptor, batch, chunk=chunk)
+        for name, expected in plain.items():
+            assert torch.allclose(cached[name], expected, rtol=1e-4, atol=1e-6), name
+
+    def test_the_gradient_cache_drops_the_same_in_both_passes(self, objective, adaptor):
+        if self.leaks:
+            return
+        batch = random_batch()
+        adaptor.train()
+        for block in adaptor.blocks:
+            block.dropout = 0.5
+        plain = gradients(objective, adaptor, batch)
+        cached = gradients(objective, adaptor, batch, chunk=3 * len(batch))
+        for name, expected in plain.items():
+            assert torch.allclose(cached[name], expected, rtol=1e-4, atol=1e-6), name
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_a_text_without_any_real_token_gives_finite_numbers(self, objective, adaptor, dtype):
+        batch = random_batch()
+        batch.text_valid[2] = False
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found = gradients(objective, adaptor, batch)
+            batch.text_tokens[2] = torch.nan
+            same = gradients(objective, adaptor, batch)
+        for name, gradient in found.items():
+            assert gradient.isfinite().all(), name
+            assert torch.equal(gradient, same[name]), name
+
+    def test_a_map_has_a_cosine_for_each_place(self, objective, adaptor):
+        batch = random_batch()
+        how = (adaptor, batch.image_tokens, batch.text_tokens, batch.text_valid)
+        if not self.has_map:
+            with pytest.raises(UsageError, match="no places"):
+                objective.similarity_map(*how, (2, 2))
+            return
+        found = objective.similarity_map(*how, (2, 2))
+        assert found.shape == (6, 2, 2)
+        assert found.abs().max() <= 1 + 1e-6
+        # Five tokens: one before the grid, which is row-major.
+        row = objective.similarity_map(*how, (1, 4)).flatten(1)
+        assert torch.equal(found.flatten(1), row)
+        with pytest.raises(UsageError, match="5 tokens do not fill a grid of 3 x 2"):
+            objective.similarity_map(*how, (3, 2))

@@ -10,7 +10,7 @@ import pytest
 
 from featcache.config import read_json, validate
 from featcache.datasets.mimic_cxr_jpg import LABELS, Options, read
-from featcache.errors import FeatcacheError, ManifestError
+from featcache.errors import ConfigError, FeatcacheError, ManifestError
 from featcache.manifest.table import Manifest
 from featcache.synth.registry import synthesize
 
@@ -350,3 +350,36 @@ def test_study_with_a_published_exception_uses_its_rule(tree, truth):
     text = next(r["text"] for r in manifest.texts.to_pylist() if r["key"] == key)
     assert text == " ".join(report[47:320].replace("___", "_").split())
     assert "published exception: 1" in manifest.meta.policies["text_origins"]
+
+
+def test_sentences_of_a_study_do_not_run_across_its_sections(tree, truth, manifest):
+    chosen = next(
+        path
+        for path in sorted(tree.rglob("s5*.txt"))
+        if truth["studies"][path.stem[1:]]["split"] == "train"
+        and not truth["studies"][path.stem[1:]]["odd"]
+    )
+    chosen.write_text(
+        " REPORT\n IMPRESSION:\n \n 1. No acute process\n 2. Tube of 1.5\n cm\n \n FINDINGS: Clear"
+    )
+    cut = read_tree(tree, text_unit="sentence")
+    assert cut.keys == manifest.keys
+    rows = dict(zip(cut.keys, cut.images["study_id"].to_pylist(), strict=True))
+    found = {row["text"] for row in cut.texts.to_pylist() if rows[row["key"]] == chosen.stem[1:]}
+    assert found == {"No acute process", "Tube of 1.5 cm", "Clear"}
+
+
+def test_sentences_say_what_the_reports_say(tree, manifest):
+    cut = read_tree(tree, text_unit="sentence")
+    assert cut.meta.funnel == manifest.meta.funnel
+    reports = dict(
+        zip(*(manifest.texts[name].to_pylist() for name in ("key", "text")), strict=True)
+    )
+    assert all(row["text"] in reports[row["key"]] for row in cut.texts.to_pylist())
+    assert set(cut.texts["key"].to_pylist()) == set(cut.keys)
+    assert cut.meta.policies["text_unit"].startswith("sentence")
+
+
+def test_text_without_full_stops_is_not_cut(tree):
+    with pytest.raises(ConfigError, match="no full stops left"):
+        read_tree(tree, text="mgca", text_unit="sentence")

@@ -211,3 +211,11 @@ def test_default_text_without_last_paragraph():
     sections = ReportSections(last_paragraph="L.")
     found = default_text(sections, deidentified="_", last_paragraph=False)
     assert found == ("", "no usable section")
+
+
+def test_lines_are_kept_for_whoever_cuts_sentences():
+    sections = ReportSections("No\n PNA\n ", "1. Clear  ___.\n 2. Normal.")
+    found = default_text(sections, deidentified="_", last_paragraph=True, lines=True)
+    assert found == ("No\n PNA\n \n\n1. Clear  _.\n 2. Normal.", "impression and findings")
+    missing = ReportSections(findings=" Clear.\n")
+    assert default_text(missing, deidentified="_", last_paragraph=True, lines=True)[0] == "Clear."

@@ -430,3 +430,16 @@ def test_folders_with_blanks_and_accents_work(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     assert len(read(save(place, base())).keys) == NUM
+
+
+def test_reports_are_cut_into_sentences_when_asked(place):
+    path = save(place, base())
+    manifest = read(path, "text_unit=sentence")
+    assert manifest.texts.num_rows == 2 * NUM
+    texts = {row["text"] for row in manifest.texts.to_pylist() if row["key"] == "k3"}
+    assert texts == {"Study 3.", "Clear, no effusion."}
+    assert len(manifest.unique_texts()[0]) == NUM + 1
+    assert manifest.meta.hash != read(path, out="whole").meta.hash
+    assert "there is no text to cut" in refused(
+        save(place, without(base(), "report"), "silent.csv"), "text_unit=sentence"
+    )

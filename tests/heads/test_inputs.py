@@ -46,6 +46,22 @@ def test_set_that_the_adaptor_reads_is_preferred_to_the_current_one(write_set, m
     assert feature_folder(workspace, "image", None, "f" * 32).name == "other"
 
 
+def test_set_of_another_workspace_is_found_where_the_run_read_it(make_toy, make_run, tmp_path):
+    toy = make_toy(tmp_path / "theirs")
+    run = make_run(tmp_path / "run", toy)
+    mine = Workspace(tmp_path / "mine")
+    wanted = toy.images.fingerprint
+    with pytest.raises(WorkspaceError):
+        feature_folder(mine, "image", None, wanted, run)
+    write_json(run / "run.json", {"images": {"folder": str(toy.images.folder)}})
+    assert feature_folder(mine, "image", None, wanted, run) == toy.images.folder
+    with pytest.raises(WorkspaceError):
+        feature_folder(mine, "image", None, "f" * 32, run)
+    write_json(run / "run.json", {"images": {"folder": str(tmp_path / "gone")}})
+    with pytest.raises(WorkspaceError):
+        feature_folder(mine, "image", None, wanted, run)
+
+
 def test_nothing_current_is_said(tmp_path):
     with pytest.raises(WorkspaceError, match="no image feature set is current"):
         feature_folder(Workspace(tmp_path), "image", None, None)

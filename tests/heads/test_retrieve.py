@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from featcache.adaptor.objectives import unpaired_scores
+from featcache.adaptor.retrieval import unpaired_scores
 from featcache.adaptor.saved import load_adaptor
 from featcache.cache.reader import open_cache
 from featcache.errors import CacheError, StaleFeatureSetError, TrainingError

@@ -192,6 +192,51 @@ def test_a_foreign_state_is_refused(made, change, error, message):
         loader.load_state_dict(state)
 
 
+def test_a_length_window_fills_batches_by_the_texts_of_the_pairs(made):
+    lengths = made.cache.texts.lengths[made.cache.text_rows]
+    loader = TokenLoader(made.cache, 4, seed=2, length_window=5)
+    order = Order(41, 4, seed=2, length_window=5, lengths=lengths)
+    plain = TokenLoader(made.cache, 4, seed=2)
+    assert pairs_of(loader) == [order.batch(step).tolist() for step in range(10)]
+    widths = [sum(b.text_tokens.shape[1] for b in one) for one in (copies(loader), copies(plain))]
+    assert widths[0] < 0.85 * widths[1]
+    for batch in loader:
+        assert batch.text_tokens.shape[1] == lengths[batch.pairs].max()
+
+
+def test_a_length_window_resumes_exactly_and_only_with_the_same_one(made):
+    def loader(size=12, **options):
+        return TokenLoader(made.cache, size, seed=4, **options)
+
+    windowed = loader(length_window=2)
+    whole = [pairs for _ in range(3) for pairs in pairs_of(windowed)]
+    stopped = loader(length_window=2, prefetch=3)
+    list(stopped)
+    next(iter(stopped))
+    state = json.loads(json.dumps(stopped.state_dict()))
+    assert state["order"] == "by text length over 2 batches of 12 pairs"
+    shares = []
+    for rank in range(2):
+        resumed = loader(length_window=2, rank=rank, world_size=2, threads=1)
+        resumed.load_state_dict(state)
+        shares.append([pairs for _ in range(2) for pairs in pairs_of(resumed)])
+    assert [a + b for a, b in zip(*shares, strict=True)] == whole[4:]
+    others = (loader(), loader(6, length_window=2), loader(length_window=3))
+    for other in (*others, loader(length_window=2, locality_block=8)):
+        with pytest.raises(UsageError, match="in the order: by text length over 2 batches"):
+            other.load_state_dict(state)
+    with pytest.raises(UsageError, match="order: plain shuffle; this loader has: blocks of 8"):
+        loader(locality_block=8).load_state_dict(loader().state_dict())
+
+
+def test_a_data_loader_around_it_is_refused_with_a_way_out(made):
+    loader = TokenLoader(made.cache, 12)
+    for options in ({}, {"batch_size": None}, {"batch_size": 4, "shuffle": True}):
+        with pytest.raises(UsageError, match="is a data loader itself") as caught:
+            next(iter(torch.utils.data.DataLoader(loader, **options)))
+        assert "without a DataLoader" in caught.value.fix
+
+
 def test_a_pickled_loader_goes_on_where_it_was(made):
     loader = TokenLoader(made.cache, 12, seed=6)
     iterator = iter(loader)
@@ -268,6 +313,14 @@ def test_rows_of_one_set_come_in_the_order_given(made, io):
                 real = tokens[place] if valid is None else tokens[place][valid[place]]
                 np.testing.assert_array_equal(real.numpy(), want)
         assert seen == rows.tolist()
+
+
+@pytest.mark.parametrize(
+    "option", [{"locality_block": 4}, {"length_window": 2}, {"resident": "cpu"}]
+)
+def test_rows_in_the_order_given_take_no_option_of_training(made, option):
+    with pytest.raises(UsageError, match=f"`{next(iter(option))}` has no effect on rows"):
+        iterate_rows(made.cache.images, np.array([0]), 1, **option)
 
 
 def test_no_rows_give_no_batches(made):

@@ -71,6 +71,13 @@ def test_buffers_are_reused(made, prefetch):
     assert len(used) == prefetch + 2
 
 
+def test_buffers_start_where_copying_is_fast(made, make_cache):
+    for cache in (made.cache, make_cache("int8").cache):
+        ring = TokenLoader(cache, 4)._open()
+        for slot in ring._slots:
+            assert all(one.tokens.data_ptr() % 64 == 0 for one in slot.buffers)
+
+
 @pytest.fixture(scope="module")
 def large(build, tmp_path_factory):
     """6 rows of 256 KiB."""
@@ -250,6 +257,15 @@ def test_auto_maps_what_fits_in_memory_and_says_so(made, log):
     sets = (made.cache.images, made.cache.texts)
     assert choose_io(sets, "auto") == "mmap"
     assert "tokens of image/tiny and text/tiny: 3." in log.text
+    assert "they are mapped" in log.text
+
+
+def test_training_says_aloud_how_it_reads(made, log):
+    list(iterate_rows(made.cache.images, np.arange(4), 2))
+    assert {record.levelname for record in log.records} == {"DEBUG"}
+    log.clear()
+    next(iter(TokenLoader(made.cache, 4)))
+    assert {record.levelname for record in log.records} == {"INFO"}
     assert "they are mapped" in log.text
 
 

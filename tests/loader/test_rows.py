@@ -67,6 +67,28 @@ def test_a_random_budget_is_the_same_on_every_rank_and_in_every_run(made):
         np.testing.assert_array_equal(one, np.concatenate([a, b]))
 
 
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_text_tokens_bounds_each_text_and_no_image(make_cache, dtype, io):
+    cache = make_cache(dtype).cache
+    for limit in (1, 4, 100):
+        for batch in TokenLoader(cache, 12, text_tokens=limit, io=io):
+            lengths = np.minimum(cache.texts.lengths[batch.text_rows], limit)
+            assert batch.image_tokens.shape[1] == 7
+            assert batch.text_tokens.shape[1] == lengths.max() == batch.text_valid.shape[1]
+            assert batch.text_valid.sum(1).tolist() == lengths.tolist()
+            for place, (row, length) in enumerate(zip(batch.text_rows, lengths, strict=True)):
+                whole = cache.texts.read_tokens(np.array([row])).astype(np.float16)
+                np.testing.assert_array_equal(batch.text_tokens[place, :length], whole[:length])
+                assert not batch.text_tokens[place, length:].any()
+
+
+def test_text_tokens_goes_with_every_budget_of_images(made):
+    for tokens in ("prefix", "grid", "random:2", "pooled"):
+        batch = next(iter(TokenLoader(made.cache, 12, tokens=tokens, text_tokens=2)))
+        assert batch.text_valid.shape[1] == (1 if tokens == "pooled" else 2)
+
+
 def test_texts_keep_all_tokens_under_an_images_budget(made):
     for batch in TokenLoader(made.cache, 12, tokens="prefix"):
         assert batch.image_tokens.shape[1] == 1
@@ -94,19 +116,33 @@ def bytes_read():
         return int(file.readline().split()[1])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize(
     ("tokens", "share"), [("all", 1), ("prefix", 1 / 65), ("grid", 64 / 65), ("random:8", 9 / 65)]
 )
-def test_a_pass_reads_the_bytes_of_its_budget_and_no_more(build, tmp_path, tokens, share):
-    spec = build.make_spec(num_tokens=65, num_prefix_tokens=1, grid=(8, 8), dim=64)
+def test_a_pass_reads_the_bytes_of_its_budget_and_no_more(build, tmp_path, tokens, share, dtype):
+    spec = build.make_spec(num_tokens=65, num_prefix_tokens=1, grid=(8, 8), dim=64, dtype=dtype)
     build.write_set(tmp_path, spec, build.make_content(spec, 40), rows_per_shard=20)
     features = FeatureSet.open(tmp_path)
-    features.valid  # noqa: B018  small arrays are read once
+    gathered(features, np.arange(40), tokens=tokens, io="pread")  # small arrays are read once
     before = bytes_read()
     assert len(gathered(features, np.arange(40).repeat(5), tokens=tokens, io="pread")) == 200
-    wanted = 200 * spec.row_bytes * share
+    wanted = 200 * 65 * 64 * np.dtype(dtype).itemsize * share
     headers = 2 * 8_192
     assert wanted <= bytes_read() - before < 1.02 * wanted + headers + 10_000
+
+
+def test_a_pass_reads_the_first_tokens_of_each_text_and_no_more(build, tmp_path):
+    spec = build.make_spec("text", max_tokens=120, dim=256)
+    build.write_set(tmp_path, spec, build.make_content(spec, 40), rows_per_shard=20)
+    features = FeatureSet.open(tmp_path)
+    list(iterate_rows(features, np.arange(40), 3, io="pread"))  # small arrays are read once
+    before = bytes_read()
+    rows = np.arange(40).repeat(5)
+    list(iterate_rows(features, rows, 3, text_tokens=32, io="pread"))
+    wanted = np.minimum(features.lengths[rows], 32).sum() * 512
+    assert wanted < 0.6 * features.lengths[rows].sum() * 512
+    assert wanted <= bytes_read() - before < 1.02 * wanted + 2 * 8_192 + 10_000
 
 
 def test_an_int8_value_beyond_float16_is_refused(build, tmp_path):

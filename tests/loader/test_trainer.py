@@ -52,6 +52,15 @@ def test_every_epoch_of_a_trainer_is_whole(made):
     assert module.seen == [order.batch(step).tolist() for step in range(9)]
 
 
+def test_a_trainer_takes_int8_and_resident_sets_and_length_windows(make_cache):
+    cache = make_cache("int8").cache
+    for options in ({}, {"resident": "cpu"}, {"length_window": 2}):
+        module = Recorder()
+        fit(module, TokenLoader(cache, 12, seed=5, **options))
+        assert len(module.seen) == 9
+        assert len({pair for pairs in module.seen for pair in pairs}) == 41
+
+
 @pytest.mark.parametrize("stop_at", [2, 3, 4])
 def test_a_trainer_resumes_with_the_next_pair(made, tmp_path, stop_at):
     first = Recorder(stop_at)

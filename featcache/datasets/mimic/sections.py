@@ -224,7 +224,9 @@ def _origin(sections: ReportSections) -> str:
     return " and ".join(name for name in ("impression", "findings") if getattr(sections, name))
 
 
-def default_text(sections: ReportSections, *, deidentified: str, last_paragraph: bool) -> Text:
+def default_text(
+    sections: ReportSections, *, deidentified: str, last_paragraph: bool, lines: bool = False
+) -> Text:
     """Impression, then findings, in one line; case and punctuation as written.
 
     For the 54 studies with a rule of their own that rule decides. The comparison alone is never a
@@ -234,6 +236,8 @@ def default_text(sections: ReportSections, *, deidentified: str, last_paragraph:
         sections: What the report says.
         deidentified: Replaces the mark `___` of removed words.
         last_paragraph: Whether it stands in where both sections are missing.
+        lines: Whether to keep the lines of the report, with a blank one between the sections, for
+            whoever cuts it into sentences.
     """
     parts, origin = [sections.impression or "", sections.findings or ""], _origin(sections)
     if sections.exception is not None:
@@ -242,7 +246,8 @@ def default_text(sections: ReportSections, *, deidentified: str, last_paragraph:
         parts, origin = [sections.last_paragraph], "last paragraph"
     if not "".join(parts):
         return Text("", "no usable section")
-    text = " ".join(_DEIDENTIFIED.sub(deidentified, " ".join(parts)).split())
+    text = _DEIDENTIFIED.sub(deidentified, "\n\n".join(parts)).strip()
+    text = text if lines else " ".join(text.split())
     return Text(text, origin) if re.search(r"[^\W_]", text) else Text("", "no words")
 
 
