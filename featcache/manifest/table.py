@@ -47,7 +47,12 @@ from featcache.manifest.checks import (
     text_id,
     text_ids,
 )
-from featcache.manifest.units import SENTENCE_POLICY, SentenceCounts, cut_into_sentences
+from featcache.manifest.units import (
+    SENTENCE_NOTE,
+    SENTENCE_POLICY,
+    SentenceCounts,
+    cut_into_sentences,
+)
 
 __all__ = [
     "FunnelStep",
@@ -289,7 +294,7 @@ def write_manifest(  # noqa: PLR0913 - the one place where a reader hands over a
         made_with=__version__,
         image_root=str(image_root.resolve()),
         synthetic=synthetic,
-        notes=list(notes),
+        notes=[*notes, *([SENTENCE_NOTE] if sentences is not None else [])],
         policies=policies,
         funnel=steps,
         sentences=sentences,
