@@ -16,7 +16,7 @@ from torch import Tensor
 from featcache.errors import TrainingError
 
 MEMORY = 10  # steps that the curvature estimate remembers
-SD_FLOOR = 0.1  # of the median standard deviation of the channels that move at all
+SD_FLOOR = 0.01  # of the median standard deviation of the channels that move at all
 HALVINGS = 25  # of the step length, before a probe counts as stalled
 
 
@@ -253,7 +253,7 @@ def train_probes(
     """Train a probe for every subset, weight decay and seed in one pass.
 
     Each subset is standardised by its own mean and standard deviation, the latter softened by a
-    tenth of what is usual among the channels (docs/protocol.md). The loss of a probe is the
+    hundredth of what is usual among the channels (docs/protocol.md). The loss of a probe is the
     mean cross-entropy over its subset plus `decay / 2` times the squared weights (bias excepted).
     A seed sets the weights a probe starts from; probes that converged differ between seeds by no
     more than the tolerance allows, which is a check of the solver. Runs on the CPU in float64.

@@ -54,7 +54,7 @@ def test_probe_reaches_the_optimum_of_scikit_learn():
     own = vectors[rows].astype(np.float64)
     spread = own.std(axis=0)  # an even number of channels: torch takes the lower of the two
     usual = np.sort(spread)[(len(spread) - 1) // 2]
-    scaled = (vectors - own.mean(axis=0)) / np.sqrt(spread**2 + (0.1 * usual) ** 2)
+    scaled = (vectors - own.mean(axis=0)) / np.sqrt(spread**2 + (0.01 * usual) ** 2)
     peer = LogisticRegression(C=1 / (0.05 * 60), tol=1e-10, max_iter=5000)
     peer.fit(scaled[rows], targets[rows])
     expected = peer.predict_proba(scaled)
