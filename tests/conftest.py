@@ -5,7 +5,16 @@ import os
 # Two test processes on two cores: busy-waiting threads of one would slow the other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import pytest
 from conftest_extract import copied, extracted
 from reliability.kit import finished, launcher, tiny
 
+from featcache.console import set_quiet
+
 __all__ = ["copied", "extracted", "finished", "launcher", "tiny"]
+
+
+@pytest.fixture(autouse=True)
+def loud():
+    """A command that ran with --quiet in this process silences no later test."""
+    set_quiet(False)

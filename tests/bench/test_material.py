@@ -39,5 +39,5 @@ def test_bare_work_is_timed_with_batches_larger_than_the_files(tmp_path):
 
 
 def test_what_a_pass_spent_leaves_out_the_start():
-    times = Times(decode_wait_s=1.0, encode_s=2.0, write_wait_s=0.5, decode_busy_s=9.0)
+    times = Times(decode_wait_s=1.0, encode_s=2.0, write_wait_s=0.5, elapsed_s=3.5)
     assert spent_s(PassResult(["image/a"], 1, "images", elapsed_s=20.0, times=times)) == 3.5
