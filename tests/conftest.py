@@ -1,5 +1,6 @@
 """Fixtures that several folders share."""
 
+import logging
 import os
 
 # Two test processes on two cores: busy-waiting threads of one would slow the other.
@@ -16,5 +17,8 @@ __all__ = ["copied", "extracted", "finished", "launcher", "tiny"]
 
 @pytest.fixture(autouse=True)
 def loud():
-    """A command that ran with --quiet in this process silences no later test."""
+    """A command that ran in this process leaves no quiet and no log of its own to later tests."""
     set_quiet(False)
+    logger = logging.getLogger("featcache")
+    logger.handlers.clear()
+    logger.propagate = True

@@ -146,8 +146,16 @@ def content(workspace) -> dict[str, str]:
 
 
 def partials(workspace) -> list[str]:
-    """Files that somebody has not finished writing."""
-    return [path.name for path in workspace.root.rglob("*") if ".partial" in path.name]
+    """Files that somebody has not finished writing.
+
+    After an error another worker may be at its task for a moment: its file is given ten seconds.
+    """
+    until = time.monotonic() + 10
+    while True:
+        found = [path.name for path in workspace.root.rglob("*") if ".partial" in path.name]
+        if not found or time.monotonic() > until:
+            return found
+        time.sleep(0.1)
 
 
 def times(folder) -> dict[str, int]:
