@@ -192,13 +192,30 @@ class _Buffer:
 
     tokens: Num[Tensor, " size"]
     scales: Float16[Tensor, " count"]
+    dim: int
+    is_int8: bool
 
     @classmethod
     def of(cls, reader: RowReader, num_tokens: int, *, pinned: bool) -> "_Buffer":
         """Room for so many tokens of a set."""
         tokens = _allocate(num_tokens * reader.dim, reader.dtype, pinned=pinned)
         count = num_tokens if reader.is_int8 else 0
-        return cls(tokens, _allocate(count, np.dtype(np.float16), pinned=pinned))
+        scales = _allocate(count, np.dtype(np.float16), pinned=pinned)
+        return cls(tokens, scales, reader.dim, reader.is_int8)
+
+    def tensors(self, plan: RowPlan) -> tuple[Num[Tensor, "B T D"], Float16[Tensor, "B T"] | None]:
+        """The part that a batch needs, in its shape; scales of int8 sets alone."""
+        rows = (len(plan.rows), plan.width)
+        shape = (*rows, self.dim)
+        scales = self.scales[: prod(rows)].view(rows) if self.is_int8 else None
+        return self.tokens[: prod(shape)].view(shape), scales
+
+    def arrays(
+        self, plan: RowPlan
+    ) -> tuple[Num[np.ndarray, "B T D"], Float16[np.ndarray, "B T"] | None]:
+        """The same, for threads that fill it."""
+        tokens, scales = self.tensors(plan)
+        return tokens.numpy(), None if scales is None else scales.numpy()
 
 
 class _Slot:
@@ -222,14 +239,52 @@ class _Slot:
             self._copied.synchronize()
 
 
-@dataclass(frozen=True)
 class _Job:
-    """A batch that threads work on."""
+    """A batch that threads work on.
 
-    slot: _Slot
-    request: Request
-    plans: list[RowPlan]
-    pieces: list[Future[None]]
+    One thread plans it, hands parts to others where there are more threads than batches in work,
+    and fills what is left. The consumer's thread does as little as possible: Python's share of a
+    batch is slow right after copies that swept the processor's caches, and it takes a core from
+    the threads that copy.
+    """
+
+    def __init__(self, readers: Sequence[RowReader], slot: _Slot, request: Request, shares: int):
+        self.slot = slot
+        self.request = request
+        self.plans: list[RowPlan] = []
+        self._readers = readers
+        self._shares = shares
+        self._pieces: list[Future[None]] = []
+
+    def start(self, pool: ThreadPoolExecutor) -> None:
+        """Hand it to the threads."""
+        self._pieces.append(pool.submit(self._work, pool))
+
+    def wait(self) -> None:
+        """Wait until it is filled, or raise what went wrong."""
+        for piece in self._pieces:  # the first has added all others when it is done
+            piece.result()
+
+    def _work(self, pool: ThreadPoolExecutor) -> None:
+        self.slot.wait()
+        mine = []
+        for reader, buffer, rows in zip(
+            self._readers, self.slot.buffers, self.request.rows, strict=True
+        ):
+            plan = reader.plan(rows, position=self.request.position)
+            self.plans.append(plan)
+            out, scales = buffer.arrays(plan)
+            first, *others = self._parts(len(rows), out.nbytes)
+            for part in others:
+                self._pieces.append(pool.submit(_fill, reader, plan, part, out, scales))
+            mine.append((reader, plan, first, out, scales))
+        for piece in mine:
+            _fill(*piece)
+
+    def _parts(self, num_rows: int, size_bytes: int) -> list[slice]:
+        """Cut a batch's rows into one piece per thread, fewer where they would be tiny."""
+        count = max(1, min(self._shares, num_rows, size_bytes // MIN_PART_BYTES))
+        return [slice(a, b) for a, b in pairwise(num_rows * n // count for n in range(count + 1))]
 
 
 class Ring:
@@ -266,6 +321,7 @@ class Ring:
         # One more than are handed out or filled, so that a copy to a GPU need not be waited for.
         num_slots = min(reading.prefetch + 2, fitting)
         self._ahead = min(reading.prefetch, num_slots - 1)
+        self._shares = -(-self._threads // (self._ahead + 1))  # threads for each batch in work
         pinned = _can_pin()
         self._slots = [_Slot(self._readers, counts, pinned=pinned) for _ in range(num_slots)]
         self._channels = [_channels(one, pinned=pinned) for one in readers]
@@ -285,8 +341,7 @@ class Ring:
             Each request and what its rows became, per feature set.
 
         Raises:
-            FeatcacheError: What went wrong in a thread, when its batch is due; a row that cannot be
-                read is refused when its batch is planned, up to `prefetch` batches earlier.
+            FeatcacheError: What went wrong in a thread, when its batch is due.
             UsageError: The process is a fork of the one that started.
         """
         owner = os.getpid()
@@ -297,13 +352,13 @@ class Ring:
             while True:
                 for request in islice(requests, self._ahead + 1 - len(waiting)):
                     slot = self._slots[started % len(self._slots)]
-                    waiting.append(self._start(pool, slot, request))
+                    waiting.append(_Job(self._readers, slot, request, self._shares))
+                    waiting[-1].start(pool)
                     started += 1
                 if not waiting:
                     return
                 job = waiting.popleft()
-                for piece in job.pieces:
-                    piece.result()
+                job.wait()
                 yield job.request, self._filled(job)
                 _refuse_fork(owner)
                 job.slot.release()
@@ -311,27 +366,13 @@ class Ring:
             if os.getpid() == owner:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, pool: ThreadPoolExecutor, slot: _Slot, request: Request) -> _Job:
-        """Check one batch's rows, and hand its work to the threads in pieces."""
-        job = _Job(slot, request, [], [])
-        for reader, buffer, rows in zip(self._readers, slot.buffers, request.rows, strict=True):
-            plan = reader.plan(rows, position=request.position)
-            job.plans.append(plan)
-            tokens, scales = _views(reader, buffer, plan)
-            for part in self._parts(len(rows), tokens.nbytes):
-                some = None if scales is None else scales[part].numpy()
-                job.pieces.append(
-                    pool.submit(_fill, slot, reader, plan, part, tokens[part].numpy(), some)
-                )
-        return job
-
     def _filled(self, job: _Job) -> list[Filled]:
         """What a finished batch's rows became."""
         filled = []
         for reader, buffer, plan, channels in zip(
             self._readers, job.slot.buffers, job.plans, self._channels, strict=True
         ):
-            stored, scales = _views(reader, buffer, plan)
+            stored, scales = buffer.tensors(plan)
             tokens: Tensor | Int8Tokens = stored
             if scales is not None and channels is not None:
                 overflow = may_overflow(scales, channels)
@@ -340,24 +381,8 @@ class Ring:
             filled.append(Filled(tokens, torch.from_numpy(plan.valid)))
         return filled
 
-    def _parts(self, num_rows: int, size_bytes: int) -> list[slice]:
-        """Cut a batch's rows into one piece per thread, fewer where they would be tiny."""
-        count = max(1, min(self._threads, num_rows, size_bytes // MIN_PART_BYTES))
-        return [slice(a, b) for a, b in pairwise(num_rows * n // count for n in range(count + 1))]
-
-
-def _views(
-    reader: RowReader, buffer: _Buffer, plan: RowPlan
-) -> tuple[Num[Tensor, "B T D"], Float16[Tensor, "B T"] | None]:
-    """The part of a buffer that a batch needs, in its shape; scales of int8 sets alone."""
-    rows = (len(plan.rows), plan.width)
-    shape = (*rows, reader.dim)
-    scales = buffer.scales[: prod(rows)].view(rows) if reader.is_int8 else None
-    return buffer.tokens[: prod(shape)].view(shape), scales
-
 
 def _fill(
-    slot: _Slot,
     reader: RowReader,
     plan: RowPlan,
     part: slice,
@@ -365,8 +390,7 @@ def _fill(
     scales: Float16[np.ndarray, "B T"] | None,
 ) -> None:
     """One piece of a thread's work."""
-    slot.wait()
-    reader.fill(plan, part, out, scales)
+    reader.fill(plan, part, out[part], None if scales is None else scales[part])
 
 
 def _allocate(count: int, dtype: np.dtype[Any], *, pinned: bool) -> Num[Tensor, " count"]:

@@ -54,6 +54,7 @@ class RowReader:
         self._limit = text_tokens if features.spec.modality == "text" else None
         self._check_budget()
         self._files: dict[int, ReadShard] = {}
+        self._lock = threading.Lock()
         soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._max_files = soft_limit // 4 if soft_limit > 0 else 1024
         if populate and io == "mmap" and self._budget in ("all", "grid"):
@@ -132,7 +133,7 @@ class RowReader:
         return counts
 
     def plan(self, rows: Int64[np.ndarray, " B"], *, position: int = 0) -> RowPlan:
-        """Check rows and look up where they lie; in the consumer's thread.
+        """Check rows and look up where they lie; in any thread.
 
         Args:
             rows: Row numbers in the set, any order, repeats allowed.
@@ -148,7 +149,7 @@ class RowReader:
         width = int(counts.max(initial=0))
         valid = np.arange(width) < counts[:, None]  # B T
         runs = self.draw_runs(position)
-        numbers = np.unique(shards).tolist()
+        numbers = set(shards.tolist())
         sources = {number: self._open(number) for number in numbers}
         scales = {number: self._scales(number) for number in numbers} if self.is_int8 else {}
         return RowPlan(rows, shards, first, counts, runs, width, valid, sources, scales)
@@ -198,10 +199,11 @@ class RowReader:
         """One shard's tokens; the set itself bounds how many maps there are, we the open files."""
         if self.io == "mmap":
             return MappedShard(self.features.tokens_map(number))
-        if number not in self._files:
-            keep_open = len(self._files) < self._max_files
-            self._files[number] = ReadShard(self.features, number, keep_open=keep_open)
-        return self._files[number]
+        with self._lock:
+            if number not in self._files:
+                keep_open = len(self._files) < self._max_files
+                self._files[number] = ReadShard(self.features, number, keep_open=keep_open)
+            return self._files[number]
 
     def _scales(self, number: int) -> MappedShard:
         """Token scales of one shard, as tokens of one number."""
