@@ -20,9 +20,10 @@ from featcache.adaptor.blocks import (
 from featcache.adaptor.losses import (
     INITIAL_LOGIT_BIAS,
     Ids,
+    image_counts,
     infonce,
-    positive_counts,
     positives,
+    text_counts,
 )
 from featcache.adaptor.model import AdaptorConfig, widen
 from featcache.adaptor.ranks import Ranks
@@ -133,8 +134,8 @@ class Contrast(nn.Module):
     ) -> Tensor:
         """A rank knows whole rows; what it knows of a text's column is joined with the rest."""
         w, batch = self.text_to_image_weight, own.columns[:num_pairs]
-        of_rows = (1 - w) / num_pairs / positive_counts(own.rows, own.columns).double()
-        of_columns = w / num_pairs / positive_counts(batch, images).double()
+        of_rows = (1 - w) / num_pairs / text_counts(own.rows, own.columns).double()
+        of_columns = w / num_pairs / image_counts(images, batch).double()
         further = len(own.columns) - num_pairs
         ours = own.compare(Shares(of_rows, nn.functional.pad(of_columns, (0, further))))
         loss = (1 - w) / num_pairs * ours.over_texts.sum() - ours.positive

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from featcache.adaptor.contrast import Contrast
+from featcache.adaptor.losses import Ids
 from featcache.adaptor.matching import Matching
 from featcache.adaptor.model import Adaptor, AdaptorConfig, masked_mean, unit
 from featcache.adaptor.objective import Objective
@@ -39,14 +40,13 @@ class Dual(Objective):
         batch: Batch,
         images: Float[Tensor, "B dim"],
         texts: Float[Tensor, "B dim"],
+        ids: Ids,
         chunk: int | None,
     ) -> Float[Tensor, ""] | None:
         """The matching loss, if there is one, with negatives of this process."""
         if self.matching is None:
             return None
-        found: Tensor = self.matching(
-            adaptor, batch, images, texts, adaptor.scale, self.ids(batch), chunk
-        )
+        found: Tensor = self.matching(adaptor, batch, images, texts, adaptor.scale, ids, chunk)
         return found
 
     def encode_images(

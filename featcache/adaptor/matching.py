@@ -58,7 +58,7 @@ class Matching(nn.Module):
         """
         own = torch.arange(len(batch), device=images.device)
         wrong_texts, has_text = hard_negatives(images, texts, scale, ids)
-        wrong_images, has_image = hard_negatives(texts, images, scale, ids)
+        wrong_images, has_image = hard_negatives(texts, images, scale, ids, of_texts=True)
         rows = torch.cat([own, own[has_text], wrong_images[has_image]])
         columns = torch.cat([own, wrong_texts[has_text], own[has_image]])
         size = max(1, len(rows)) if chunk is None else chunk
@@ -94,6 +94,8 @@ def hard_negatives(
     candidates: Float[Tensor, "B dim"],
     scale: Float[Tensor, ""],
     ids: Ids,
+    *,
+    of_texts: bool = False,
 ) -> tuple[Int64[Tensor, " B"], Bool[Tensor, " B"]]:
     """A wrong candidate for each query, drawn with the probability that a softmax gives it.
 
@@ -102,6 +104,7 @@ def hard_negatives(
         candidates: With norm 1.
         scale: What cosines are multiplied by.
         ids: Of both; those that belong together are never drawn.
+        of_texts: Whether the queries are texts and the candidates images.
 
     Returns:
         Row of the candidate, and whether there was a wrong one at all.
@@ -109,7 +112,7 @@ def hard_negatives(
     drawn, exists = [], []
     for start in range(0, len(queries), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
-        wrong = ~positives(ids[part], ids)
+        wrong = ~(positives(ids, ids[part]).T if of_texts else positives(ids[part], ids))
         some = wrong.any(dim=1)
         logits = widen(scale * queries[part] @ candidates.T)
         # A row without a wrong candidate draws any of its own, which the caller leaves out.

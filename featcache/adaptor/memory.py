@@ -1,5 +1,6 @@
 """How large a batch could be, from what one step needs."""
 
+import ctypes
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,19 @@ from featcache.loader.ring import available_memory
 
 BYTES_PER_LOGIT = 16
 """Logits, their two softmaxes and the positives: what grows with the square of the batch."""
+
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+def return_freed_blocks() -> None:
+    """Have freed blocks of 4 MiB and more return to the system at once, in this process.
+
+    glibc raises that bound to 32 MiB as large blocks come and go, and then keeps the freed chunks
+    of a gradient cache, which can add more than a GiB. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 4 << 20)
 
 
 class StepMemory:

@@ -18,6 +18,7 @@ from featcache.errors import ConfigError
 
 INITIAL_LOGIT_SCALE = 2.6592  # log of 1 / 0.07, the usual start of a contrastive temperature
 SIGMOID_LOGIT_SCALE = 2.302585092994046  # log of 10, the start for the sigmoid loss
+WIDEST = 2**24  # the square of much more overflows 64 bits
 HALF = (torch.float16, torch.bfloat16)
 MAX_LOGIT_SCALE = 4.605169773101807  # the largest float32 below ln 100
 
@@ -32,13 +33,13 @@ def _heads_fit(dim: int, heads: int) -> str | None:
 class AdaptorConfig(Config):
     """The Adaptor's size and the objective it is trained on."""
 
-    dim: int = Field(default=768, ge=1, description="Width of the Adaptor's tokens.")
-    layers: int = Field(default=2, ge=0, description="Blocks, shared by both modalities.")
+    dim: int = Field(default=768, ge=1, le=WIDEST, description="Width of the Adaptor's tokens.")
+    layers: int = Field(default=2, ge=0, le=1_000, description="Blocks, shared by both modalities.")
     heads: int = Field(
         default=12, ge=1, description="Attention heads of a block; must divide `dim`."
     )
     feedforward: int = Field(
-        default=2048, ge=1, description="Hidden width of a block's feed-forward part."
+        default=2048, ge=1, le=WIDEST, description="Hidden width of a block's feed-forward part."
     )
     dropout: float = Field(
         default=0.1,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from featcache.adaptor.contrast import Contrast, LogitTile, Tile, VectorTile
+from featcache.adaptor.known import KnownPairs
 from featcache.adaptor.losses import Ids
 from featcache.adaptor.model import Adaptor, AdaptorConfig, unit
 from featcache.adaptor.queue import Queue
@@ -72,6 +73,7 @@ class Objective(nn.Module):
         chunk: int | None = None,
         ranks: Ranks | None = None,
         queue: Queue | None = None,
+        known: KnownPairs | None = None,
     ) -> ObjectiveOutput:
         """Encode both sides apart, score all pairs, compare with the positives.
 
@@ -83,6 +85,8 @@ class Objective(nn.Module):
                 is the same. None = all at once, everything kept.
             ranks: Processes whose texts are negatives too; None = none.
             queue: Earlier pairs that are negatives too; this batch joins it when training.
+            known: Pairs of the training set that the batch alone does not show; None = it shows
+                all of them.
         """
         encode_texts = partial(self.encode_texts, adaptor)
         texts = torch.cat([*_in_chunks(encode_texts, chunk, batch.text_tokens, batch.text_valid)])
@@ -95,12 +99,11 @@ class Objective(nn.Module):
         if self.has_vectors:
             vectors = torch.cat([*images])
             images = [vectors]
-        loss, logits = self._contrast(
-            images, vectors, texts, adaptor.scale, self.ids(batch), ranks, queue
-        )
+        ids = self.ids(batch, known)
+        loss, logits = self._contrast(images, vectors, texts, adaptor.scale, ids, ranks, queue)
         beside = None
         if vectors is not None:
-            beside = self.loss_beside(adaptor, batch, vectors, texts, chunk)
+            beside = self.loss_beside(adaptor, batch, vectors, texts, ids, chunk)
         return ObjectiveOutput(loss if beside is None else loss + beside, logits)
 
     def _contrast(
@@ -119,7 +122,7 @@ class Objective(nn.Module):
             texts, ids = ranks.gather(texts), ranks.gather_ids(own)
         candidates, columns, rows, queued = texts, ids, ids, None
         if queue is not None and len(queue) > 0:
-            earlier_images, earlier_texts, earlier_ids = queue.content()
+            earlier_images, earlier_texts, earlier_ids = queue.content(own.known)
             candidates = torch.cat([texts, earlier_texts.to(texts.dtype)])
             columns = ids + earlier_ids
             if vectors is not None:
@@ -147,9 +150,9 @@ class Objective(nn.Module):
         logits = torch.cat([self.score(some, texts, scale) for some in images])
         return LogitTile(rows, columns, logits)
 
-    def ids(self, batch: Batch) -> Ids:
-        """What makes two pairs belong to each other: the same image, or the same text."""
-        return Ids.of(batch)
+    def ids(self, batch: Batch, known: KnownPairs | None = None) -> Ids:
+        """What makes an image and a text belong together: see `losses.positives`."""
+        return Ids.of(batch, known)
 
     def loss_beside(
         self,
@@ -157,6 +160,7 @@ class Objective(nn.Module):
         batch: Batch,
         images: Float[Tensor, "B dim"],
         texts: Float[Tensor, "B dim"],
+        ids: Ids,
         chunk: int | None,
     ) -> Float[Tensor, ""] | None:
         """What is added to the contrastive loss where `has_vectors`; None = nothing.
@@ -166,6 +170,7 @@ class Objective(nn.Module):
             batch: This process's pairs.
             images: What `encode_images` made of them.
             texts: What `encode_texts` made of them.
+            ids: Of the pairs.
             chunk: See `forward`.
         """
         return None

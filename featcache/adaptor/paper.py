@@ -8,6 +8,7 @@ from torch import Tensor
 
 from featcache.adaptor.contrast import Contrast, LogitTile
 from featcache.adaptor.dual import Dual
+from featcache.adaptor.known import KnownPairs
 from featcache.adaptor.losses import Ids
 from featcache.adaptor.model import Adaptor, AdaptorConfig, masked_mean, unit
 from featcache.adaptor.objective import ObjectiveOutput
@@ -44,8 +45,8 @@ class Paper(Dual):
         """Build it as a config says."""
         return cls(Contrast.from_config(config), config.fusion, config.paper_vector)
 
-    def ids(self, batch: Batch) -> Ids:
-        """A pair belongs to nothing but itself."""
+    def ids(self, batch: Batch, known: KnownPairs | None = None) -> Ids:
+        """A pair belongs to nothing but itself, whatever is known."""
         return Ids(batch.pairs, batch.pairs)
 
     def forward(
@@ -56,6 +57,7 @@ class Paper(Dual):
         chunk: int | None = None,
         ranks: Ranks | None = None,
         queue: Queue | None = None,
+        known: KnownPairs | None = None,
     ) -> ObjectiveOutput:
         """Score a batch; with own-pair fusion the logits have seen which text is whose.
 
@@ -65,6 +67,7 @@ class Paper(Dual):
             chunk: See `Objective.forward`.
             ranks: See `Objective.forward`.
             queue: See `Objective.forward`.
+            known: Has no effect.
 
         Raises:
             UsageError: One of the three was asked for with own-pair fusion.

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from featcache.adaptor.known import KnownPairs
 from featcache.adaptor.losses import Ids
 
 
@@ -41,10 +42,16 @@ class Queue(nn.Module):
         """Pairs in it."""
         return min(self.size, int(self.pushed))
 
-    def content(self) -> tuple[Float[Tensor, "N dim"], Float[Tensor, "N dim"], Ids]:
-        """Copies of the images, the texts and the ids in it, which a later push leaves alone."""
+    def content(
+        self, known: KnownPairs | None = None
+    ) -> tuple[Float[Tensor, "N dim"], Float[Tensor, "N dim"], Ids]:
+        """Copies of the images, the texts and the ids in it, which a later push leaves alone.
+
+        Args:
+            known: What the ids are to know.
+        """
         part = slice(0, len(self))
-        ids = Ids(self.image_ids[part].clone(), self.text_ids[part].clone())
+        ids = Ids(self.image_ids[part].clone(), self.text_ids[part].clone(), known)
         return self.images[part].clone(), self.texts[part].clone(), ids
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ class Ranks:
     def gather_ids(self, ids: Ids) -> Ids:
         """The ids of all ranks, in the order of the ranks."""
         both: Int64[Tensor, "B 2"] = self.gather(torch.stack([ids.images, ids.texts], dim=1))
-        return Ids(both[:, 0].contiguous(), both[:, 1].contiguous())
+        return Ids(both[:, 0].contiguous(), both[:, 1].contiguous(), ids.known)
 
 
 class _Gather(torch.autograd.Function):

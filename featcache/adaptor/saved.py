@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from featcache import __version__
 from featcache.adaptor.model import (
     SIGMOID_LOGIT_SCALE,
+    WIDEST,
     Adaptor,
     AdaptorConfig,
     count_parameters,
@@ -25,6 +27,8 @@ from featcache.loader.rows import TOKENS_PATTERN
 
 WEIGHTS = "adaptor.safetensors"
 FACTS = "adaptor.json"
+EXPORTED_FACTS = "config.json"
+"""The same in a folder that was exported."""
 NAMED = 5  # problems that a message spells out
 
 
@@ -33,7 +37,7 @@ class FeaturesRead(Config):
 
     encoder: str = Field(description="The encoder's short name.")
     fingerprint: str = Field(description="Fingerprint of the feature set.")
-    dim: int = Field(ge=1, description="Width of its tokens.")
+    dim: int = Field(ge=1, le=WIDEST, description="Width of its tokens.")
     tokens: str = Field(
         default="all", pattern=TOKENS_PATTERN, description="Which tokens of a row it reads."
     )
@@ -173,23 +177,26 @@ def save_adaptor(
     return facts
 
 
-def load_adaptor(folder: Path, device: str = "cpu") -> TrainedAdaptor:
+def load_adaptor(folder: Path | str, device: str = "cpu") -> TrainedAdaptor:
     """Load an Adaptor that `save_adaptor` wrote.
 
     Args:
-        folder: A run's folder, or the folder `adaptor` in it.
+        folder: A run's folder, the folder `adaptor` or `best` in it, or an exported one.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
         TrainingError: There is none, or it is damaged, or its weights do not fit its config.
         UsageError: This machine has no such device.
     """
+    folder = Path(folder)
     if (folder / "adaptor").is_dir():
         folder = folder / "adaptor"
     facts = _read_facts(folder)
-    adaptor, objective = build_adaptor(facts.config, facts.image.dim, facts.text.dim)
     tensors = _read_tensors(folder / WEIGHTS, facts)
-    problems = _misfits(_tensors(adaptor, objective), tensors)
+    dims = (facts.image.dim, facts.text.dim)
+    with torch.device("meta"):  # shapes alone: a config that lies about them costs no memory
+        expected = _tensors(*build_adaptor(facts.config, *dims))
+    problems = _misfits(expected, tensors)
     if problems:
         more = len(problems) - NAMED
         sentences = problems[:NAMED] + ([f"and {more} more"] if more > 0 else [])
@@ -198,6 +205,7 @@ def load_adaptor(folder: Path, device: str = "cpu") -> TrainedAdaptor:
             where=folder / WEIGHTS,
             fix="restore both files from the run that wrote them, or train again",
         )
+    adaptor, objective = build_adaptor(facts.config, *dims)
     for name, module in (("adaptor", adaptor), ("objective", objective)):
         own = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
         module.load_state_dict(own)
@@ -214,6 +222,8 @@ def _tensors(adaptor: nn.Module, objective: nn.Module) -> dict[str, Tensor]:
 
 def _read_facts(folder: Path) -> AdaptorFacts:
     path = folder / FACTS
+    if not path.is_file() and (folder / EXPORTED_FACTS).is_file():
+        path = folder / EXPORTED_FACTS
     if not path.is_file():
         raise TrainingError(
             f"there is no trained Adaptor here: {FACTS} is missing",
@@ -238,8 +248,8 @@ def _read_tensors(path: Path, facts: AdaptorFacts) -> dict[str, Tensor]:
     have = file_sha256(path)
     if have != facts.weights_sha256:
         raise TrainingError(
-            f"the weights are damaged: their SHA-256 is {have}, {FACTS} says "
-            f"{facts.weights_sha256}",
+            f"the weights are damaged: their SHA-256 is {have}, the file beside "
+            f"them says {facts.weights_sha256}",
             where=path,
             fix=fix,
         )

@@ -17,6 +17,7 @@ from featcache.adaptor.candidates import Candidates
 from featcache.adaptor.checkpoint import checkpoint_folder, prune_checkpoints
 from featcache.adaptor.generators import generator_states, seed_rank, set_generator_states
 from featcache.adaptor.history import History
+from featcache.adaptor.known import KnownPairs
 from featcache.adaptor.memory import StepMemory
 from featcache.adaptor.optimizer import learning_rate_factor, parameter_groups
 from featcache.adaptor.queue import Queue
@@ -92,6 +93,7 @@ class Stage(lightning.LightningModule):
         super().__init__()
         self.adaptor, self.objective = build_adaptor(config.adaptor, *dims)
         self.queue = Queue(config.queue, config.adaptor.dim) if config.queue else None
+        self.known = KnownPairs.of(cache.image_rows, cache.text_rows)
         self.config, self.cache, self.place = config, cache, place
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = config.epochs * steps_per_epoch
@@ -174,6 +176,7 @@ class Stage(lightning.LightningModule):
             chunk=self.config.gradient_cache,
             ranks=Ranks.current(),
             queue=self.queue,
+            known=self.known,
         ).loss
         return loss
 

@@ -62,7 +62,7 @@ def _batch_size(config: RunConfig, num_pairs: int, manifest: Manifest) -> int:
     """The batch size that the pairs allow.
 
     Raises:
-        TrainingError: There are fewer than two pairs.
+        TrainingError: There are fewer than two pairs, or fewer than processes.
     """
     if num_pairs < 2:
         raise TrainingError(
@@ -70,6 +70,12 @@ def _batch_size(config: RunConfig, num_pairs: int, manifest: Manifest) -> int:
             "with valid features; at least 2 are needed, a pair is contrasted with others",
             where=manifest.folder,
             fix="featcache info shows what the feature sets hold; splits stand in images.parquet",
+        )
+    if num_pairs < config.devices:
+        raise TrainingError(
+            f"{num_pairs} training pairs cannot be shared by {config.devices} processes",
+            where=manifest.folder,
+            fix="--set devices=1",
         )
     fitting = min(config.batch_size, num_pairs // config.devices * config.devices)
     if fitting < config.batch_size:
@@ -213,7 +219,11 @@ def _save(folder: Path, stage: Stage, notes: list[str]) -> None:
 
 
 def _held_out(job: Job) -> Candidates | None:
-    """The candidates of the split `validate`; None, with the reason said, when it has no pairs."""
+    """The candidates of the split `validate`.
+
+    Returns:
+        None, with the reason said, when it has no pairs, or none that could be told apart.
+    """
     config = job.config
     tokens = "all" if config.tokens.startswith("random") else config.tokens
     try:
@@ -221,7 +231,14 @@ def _held_out(job: Job) -> Candidates | None:
     except CacheError as error:
         note(f"nothing is measured while training: {error.what}")
         return None
-    return Candidates.of(held_out, tokens=tokens, text_tokens=config.text_tokens)
+    candidates = Candidates.of(held_out, tokens=tokens, text_tokens=config.text_tokens)
+    if candidates.positives.all():  # every epoch would be the best
+        note(
+            "nothing is measured while training, and no epoch is called the best: every text of "
+            f"the {held_out.num_pairs} validation pairs belongs to every image"
+        )
+        return None
+    return candidates
 
 
 def _identity(pairs: Cache, manifest: Manifest, config: RunConfig) -> dict[str, Any]:

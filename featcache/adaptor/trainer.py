@@ -19,19 +19,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 
-from featcache.adaptor.checkpoint import (
-    REMEDY,
-    STATE,
-    FolderCheckpointIO,
-    check_fit,
-    latest_checkpoint,
-    read_checkpoint,
-)
+from featcache.adaptor.checkpoint import FolderCheckpointIO
 from featcache.adaptor.generators import seed_rank, seeded
-from featcache.adaptor.memory import remedy
+from featcache.adaptor.memory import remedy, return_freed_blocks
 from featcache.adaptor.processes import OneMachine, Workers, undisturbed
-from featcache.adaptor.run import METRICS_FILE, MetricsLog, RunConfig, differences
-from featcache.adaptor.stage import NONFINITE_FILE, OWN, Place, Stage
+from featcache.adaptor.resume import Restored, resume
+from featcache.adaptor.run import METRICS_FILE, MetricsLog, RunConfig
+from featcache.adaptor.stage import NONFINITE_FILE, Place, Stage
 from featcache.cache.reader import Cache, FeatureSet, open_cache
 from featcache.config import to_plain
 from featcache.console import note, task
@@ -41,8 +35,6 @@ from featcache.manifest.table import Manifest
 
 LONGEST_WAIT = timedelta(hours=2)
 """For another rank, which may be measuring an epoch; one that died is noticed at once."""
-OWN_KEYS = ("identity", "step", "history", "generators")
-LIGHTNING_KEYS = ("state_dict", "loops", "optimizer_states", "lr_schedulers", "global_step")
 
 
 @dataclass(frozen=True)
@@ -156,48 +148,14 @@ def _gpus() -> int:
 def make_stage(job: Job, pairs: Cache, place: Place, steps_per_epoch: int) -> Stage:
     """A stage with its first weights, drawn from torch's generator, or a checkpoint's history."""
     dims = (token_dim(job.images, job.config.tokens), token_dim(job.texts, job.config.tokens))
+    if job.config.gradient_cache is not None:
+        return_freed_blocks()
     stage = Stage(job.config, pairs, dims, place, steps_per_epoch)
     seed_rank(job.config.seed, place.rank)
     if job.config.compile:
         for block in stage.adaptor.blocks:
             block.compile()
     return stage
-
-
-def resume(stage: Stage) -> Path | None:
-    """Let a stage go on from the last checkpoint in its folder.
-
-    Returns:
-        The checkpoint; None when there is none.
-
-    Raises:
-        TrainingError: It is damaged, or belongs to something else.
-    """
-    path = latest_checkpoint(stage.place.folder)
-    if path is None:
-        return None
-    state = read_checkpoint(path)
-    own = state.get(OWN)
-    lacking = [key for key in LIGHTNING_KEYS if key not in state]
-    lacking += [key for key in OWN_KEYS if not isinstance(own, Mapping) or key not in own]
-    if lacking or not isinstance(own, Mapping):
-        raise TrainingError(
-            f"this is no checkpoint of a training: it has no `{lacking[0]}`",
-            where=path / STATE,
-            fix=REMEDY,
-        )
-    others = differences(own["identity"], stage.place.identity)
-    if others:
-        raise TrainingError(
-            "the checkpoint belongs to another run:\n  " + "\n  ".join(others),
-            where=path / STATE,
-            fix=REMEDY,
-        )
-    check_fit(stage.state_dict(), state["state_dict"], path, "weights")
-    stage.resumed = own
-    stage.history.go_on(own["history"])
-    stage.saved = path
-    return path
 
 
 def train_rank(job: Job, asked: Mapping[str, Any]) -> None:
@@ -222,8 +180,10 @@ def train_rank(job: Job, asked: Mapping[str, Any]) -> None:
         stage = make_stage(job, pairs, place, len(loader))
         environment = OneMachine(place.rank, place.world_size, asked["port"])
         with quiet_lightning(), stage.stop, undisturbed():
-            trainer = _trainer(stage, job.device, environment)
-            trainer.fit(stage, train_dataloaders=loader, ckpt_path=resume(stage))
+            path, restored = resume(stage), Restored()
+            trainer = _trainer(stage, job.device, environment, restored)
+            with restored.explained(stage):
+                trainer.fit(stage, train_dataloaders=loader, ckpt_path=path)
 
 
 def fit(stage: Stage, loader: TokenLoader, job: Job, go_on: str) -> None:
@@ -264,7 +224,7 @@ def fit(stage: Stage, loader: TokenLoader, job: Job, go_on: str) -> None:
                     if failure is None:
                         raise
                     raise failure from None
-    if stage.stop.received is not None and stage.global_step < stage.total_steps:
+    if stage.global_step < stage.total_steps:
         _stopped(stage, go_on)
 
 
@@ -277,7 +237,8 @@ def _fit(
 ) -> None:
     """Run the trainer with everything that is written and shown."""
     done = 0 if stage.resumed is None else int(stage.resumed["step"])
-    trainer = _trainer(stage, job.device, environment)
+    restored = Restored()
+    trainer = _trainer(stage, job.device, environment, restored)
     title = f"train-adaptor {stage.place.folder.name}"
     log = MetricsLog(
         stage.place.folder / METRICS_FILE,
@@ -288,6 +249,7 @@ def _fit(
         with (
             log as stage.metrics_log,
             task(title, stage.total_steps, unit="steps", done=done) as stage.progress,
+            restored.explained(stage),
         ):
             stage.replay = [one for one in log.kept if one["kind"] == "step"]
             trainer.fit(stage, train_dataloaders=loader, ckpt_path=path)
@@ -321,7 +283,14 @@ def _stopped(stage: Stage, go_on: str) -> None:
     Raises:
         InterruptedByUserError: Ctrl-C.
         TerminatedError: SIGTERM.
+        TrainingError: Nobody asked: the checkpoint that it went on from counts wrongly.
     """
+    if stage.stop.received is None:
+        raise TrainingError(
+            f"training ended by itself after step {stage.global_step} of {stage.total_steps}",
+            where=stage.place.folder,
+            fix="delete this run's folder and train anew",
+        )
     by_user = stage.stop.received == signal.SIGINT
     kind = InterruptedByUserError if by_user else TerminatedError
     saved = stage.saved
@@ -348,7 +317,9 @@ def _say_where_it_goes_on(stage: Stage, path: Path | None) -> None:
         )
 
 
-def _trainer(stage: Stage, device: str, environment: OneMachine | None) -> lightning.Trainer:
+def _trainer(
+    stage: Stage, device: str, environment: OneMachine | None, restored: Restored
+) -> lightning.Trainer:
     """Lightning's loop without anything that it would leave lying about."""
     config, place = stage.config, stage.place
     kind, _, number = device.partition(":")
@@ -367,6 +338,7 @@ def _trainer(stage: Stage, device: str, environment: OneMachine | None) -> light
         **shared,
         precision=precision,
         plugins=plugins,
+        callbacks=[restored],
         max_epochs=config.epochs,
         gradient_clip_val=config.gradient_clip,
         logger=CSVLogger(place.folder, name="", version="csv") if writes_csv else False,

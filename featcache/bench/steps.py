@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from featcache.adaptor.memory import return_freed_blocks
 from featcache.adaptor.model import AdaptorConfig
 from featcache.adaptor.optimizer import parameter_groups
 from featcache.adaptor.saved import build_adaptor
@@ -34,6 +35,8 @@ class Training:
         *,
         chunk: int | None = None,
     ):
+        if chunk is not None:
+            return_freed_blocks()  # as a training with a gradient cache does
         torch.manual_seed(0)
         adaptor, objective = build_adaptor(config, image_dim, text_dim)
         self.adaptor, self.objective = adaptor.to(device), objective.to(device)

@@ -2,9 +2,10 @@
 
 import multiprocessing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -137,6 +138,25 @@ def study(tmp_path_factory) -> Study:
     return build(tmp_path_factory.mktemp("study"), notes=["The tokens are made up."])
 
 
+@pytest.fixture(scope="session")
+def sentence_study(study, tmp_path_factory) -> Study:
+    """The same pictures; a report has three sentences, of which others have two as well."""
+    root, keys = tmp_path_factory.mktemp("sentences"), study.manifest.keys
+    said = [f"Size {n % 3}. Shape {n % 4}. Picture {n}." for n in range(len(keys))]
+    manifest = write_manifest(
+        root / "manifest",
+        study.manifest.images,
+        pa.table({"key": keys, "text": said, "unit": ["report"] * len(keys)}),
+        dataset="spreadsheet",
+        image_root=root,
+        text_unit="sentence",
+    )
+    ids = manifest.unique_texts()[0]
+    tokens = list(np.random.default_rng(0).normal(size=(len(ids), 4, TEXT_DIM)))
+    texts = write_set(root / "text", spec("text"), ids, tokens)
+    return replace(study, manifest=manifest, texts=texts)
+
+
 @pytest.fixture
 def run(study, tmp_path):
     """Train in a folder of its own; arguments change the config, or say where."""
@@ -167,6 +187,15 @@ def break_gradient(monkeypatch):
         monkeypatch.setattr(stage, "build_adaptor", broken)
 
     return arm
+
+
+@pytest.fixture
+def unchecked():
+    """No shape checks, which break the graph of `torch.compile` and slow that of ONNX."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from featcache.adaptor.known import KnownPairs
 from featcache.adaptor.model import AdaptorConfig
 from featcache.adaptor.queue import Queue
 from featcache.adaptor.ranks import Ranks
@@ -31,7 +32,7 @@ CASES = {
         ("paper", "cosine"),
     )
     for loss in ("infonce", "sigmoid")
-    for extra in ("plain", "chunked", "queue")
+    for extra in ("plain", "chunked", "queue", "known")
 }
 
 
@@ -41,6 +42,14 @@ def whole_batch() -> Batch:
     batch.image_rows = torch.arange(PAIRS) % 13
     batch.text_rows = torch.arange(PAIRS) // 2 * 2 % 12
     return batch
+
+
+def known_pairs() -> KnownPairs:
+    """The pairs of the batch, and some of its images with texts of other pairs."""
+    batch, further = whole_batch(), torch.arange(PAIRS) % 3 == 0
+    images = torch.cat([batch.image_rows, batch.image_rows[further]])
+    texts = torch.cat([batch.text_rows, batch.text_rows.roll(5)[further]])
+    return KnownPairs.of(images.numpy(), texts.numpy())
 
 
 class Step(nn.Module):
@@ -58,14 +67,15 @@ class Step(nn.Module):
         # Where W is the identity and the bias -10, some gradients would be all but zero.
         for parameter in self.objective.parameters():
             nn.init.normal_(parameter)
-        self.queue = Queue(10, DIM) if self.extra == "queue" else None
+        self.queue = Queue(10, DIM) if self.extra in ("queue", "known") else None
+        self.known = known_pairs() if self.extra == "known" else None
 
     def forward(self, batch: Batch, ranks: Ranks | None) -> torch.Tensor:
         if self.queue is not None:  # two steps of which the first fills it
             self.objective(self.adaptor, batch, ranks=ranks, queue=self.queue)
         chunk = 3 if self.extra == "chunked" else None
-        output = self.objective(self.adaptor, batch, chunk=chunk, ranks=ranks, queue=self.queue)
-        return output.loss
+        how = {"ranks": ranks, "queue": self.queue, "known": self.known}
+        return self.objective(self.adaptor, batch, chunk=chunk, **how).loss
 
 
 def results(step: nn.Module, loss: torch.Tensor, case: str) -> dict[str, torch.Tensor]:

@@ -52,3 +52,13 @@ def test_a_resumed_run_equals_an_undisturbed_one(run, precision, monkeypatch):
         (result.adaptor_folder / "adaptor.safetensors").read_bytes() for result in (whole, part)
     )
     assert one == two
+
+
+def test_known_pairs_are_found_on_the_device(sentence_study, make_config, tmp_path):
+    on, losses = sentence_study, {}
+    config = make_config(precision="32-true", epochs=1, queue=16, adaptor={"dropout": 0.0})
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        run = train_adaptor(on.images, on.texts, on.manifest, folder, config, device=device)
+        losses[device] = [line["loss"] for line in lines(run.folder, "step")]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)

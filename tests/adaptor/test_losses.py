@@ -10,10 +10,11 @@ from featcache.adaptor.contrast import LogitTile
 from featcache.adaptor.losses import (
     Ids,
     batch_positives,
+    image_counts,
     infonce,
-    positive_counts,
     positives,
     sigmoid,
+    text_counts,
 )
 from featcache.adaptor.model import AdaptorConfig
 from featcache.adaptor.saved import build_adaptor
@@ -103,8 +104,9 @@ def test_counts_of_positives_are_the_sums_of_the_matrix():
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: Ids(*(torch.randint(9, (n,), generator=generator) for _ in range(2)))  # noqa: E731
     rows, columns = draw(40), draw(31)
-    assert torch.equal(positive_counts(rows, columns), positives(rows, columns).sum(dim=1))
-    assert positive_counts(rows, columns).max() > 5
+    assert torch.equal(text_counts(rows, columns), positives(rows, columns).sum(dim=1))
+    assert torch.equal(image_counts(rows, columns), positives(rows, columns).sum(dim=0))
+    assert text_counts(rows, columns).max() > 5
 
 
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])

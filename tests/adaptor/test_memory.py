@@ -1,7 +1,12 @@
+import platform
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
-from featcache.adaptor.memory import StepMemory, largest, remedy
+from featcache.adaptor.memory import StepMemory, largest, remedy, return_freed_blocks
+from featcache.bench.timing import in_fresh_process
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
@@ -38,3 +43,27 @@ def test_the_remedy_is_a_setting_with_a_number():
     assert remedy(256, 128, 32) == "--set gradient_cache=16"
     assert remedy(256, 128, 1) == "--set batch_size=128"
     assert remedy(2, 1, None) == "--set batch_size=2"
+
+
+def anonymous_bytes():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
+
+
+def kept_of_freed_blocks(first):
+    """Bytes that a process keeps of 16 blocks of 16 MiB, freed all but the last."""
+    if first is not None:
+        first()
+    torch.ones(5 << 20)  # 20 MiB that come and go: glibc would raise its bound
+    before = anonymous_bytes()
+    blocks = [torch.ones(4 << 20) for _ in range(16)]
+    del blocks[:-1]
+    return anonymous_bytes() - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_blocks_go_back_to_the_system():
+    kept = in_fresh_process(kept_of_freed_blocks, return_freed_blocks)
+    plain = in_fresh_process(kept_of_freed_blocks, None)
+    assert kept < 20e6
+    assert plain > 200e6

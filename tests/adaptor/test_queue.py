@@ -4,6 +4,7 @@ from contracts.objective_contract import DIM, IMAGE_DIM, TEXT_DIM, random_batch
 from torch.nn import functional
 
 from featcache.adaptor import objective as objective_module
+from featcache.adaptor.known import KnownPairs
 from featcache.adaptor.losses import Ids, positives, sigmoid
 from featcache.adaptor.model import AdaptorConfig
 from featcache.adaptor.queue import Queue
@@ -69,7 +70,10 @@ def one_way(logits, own):
 
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 @pytest.mark.parametrize("in_blocks", [True, False])
-def test_the_loss_with_a_queue_is_that_of_the_matrix_written_down(monkeypatch, loss, in_blocks):
+@pytest.mark.parametrize("further", [0, 4])
+def test_the_loss_with_a_queue_is_that_of_the_matrix_written_down(
+    monkeypatch, loss, in_blocks, further
+):
     if in_blocks:
         monkeypatch.setattr(objective_module, "LOGITS_AT_ONCE", 0)
     adaptor, objective = built(loss=loss)
@@ -77,12 +81,20 @@ def test_the_loss_with_a_queue_is_that_of_the_matrix_written_down(monkeypatch, l
     # Of the queue, the first text is that of pair 2, the last image that of pair 5.
     earlier = Ids(torch.tensor([90, 91, 92, 5]), torch.tensor([2, 93, 94, 95]))
     queue.push(vectors(4), vectors(4, 1), earlier)
-    found = objective(adaptor, batch, queue=queue)
+    # Of the training set: an image of the batch with a text of the queue, and so on.
+    pairs = torch.tensor([(1, 93), (91, 4), (90, 94), (0, 3)])[:further]
+    whole = Ids.of(batch) + earlier + Ids(*pairs.T.contiguous())
+    known = KnownPairs.of(whole.images.numpy(), whole.texts.numpy())
+    found = objective(adaptor, batch, queue=queue, known=known)
     images = torch.cat([objective.encode_images(adaptor, batch.image_tokens), vectors(4)])
     texts = objective.encode_texts(adaptor, batch.text_tokens, batch.text_valid)
     texts = torch.cat([texts, vectors(4, 1)])
     ids = Ids(batch.image_rows, batch.text_rows) + earlier
     logits, own = objective.score(images, texts, adaptor.scale), positives(ids, ids)
+    for image, text in pairs.tolist():
+        place = ids.images.tolist().index(image), ids.texts.tolist().index(text)
+        assert not own[place]
+        own[place] = True
     if loss == "infonce":
         expected = (one_way(logits[:6], own[:6]) + one_way(logits.T[:6], own.T[:6])) / 2
     else:

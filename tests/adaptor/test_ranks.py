@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from adaptor import rank_worker
 from safetensors.torch import load_file
 
+from featcache.adaptor.losses import Ids, positives
 from featcache.adaptor.ranks import Ranks
 
 TESTS = Path(__file__).parents[1]
@@ -43,6 +45,16 @@ def test_two_ranks_have_the_loss_and_the_gradients_of_one(found, case):
             # A scalar's gradient is a sum that cancels; those of `paper`'s queries are zero.
             error = (theirs[name] - expected).norm()
             assert error <= 5e-6 * expected.norm() + 1e-9, f"{name}: {error / expected.norm()}"
+
+
+def test_pairs_that_no_rank_holds_do_matter(found):
+    ids = Ids.of(rank_worker.whole_batch())
+    known = replace(ids, known=rank_worker.known_pairs())
+    missed = positives(known, known) & ~positives(ids, ids)
+    assert missed[:8, 8:].any()  # an image of one rank, a text of the other
+    for objective, is_same in (("dual", False), ("paper", True)):
+        losses = (found[0][f"{objective}-cosine-infonce-{how}/loss"] for how in ("queue", "known"))
+        assert torch.equal(*losses) is is_same
 
 
 def test_a_process_alone_has_no_ranks():

@@ -1,9 +1,13 @@
-"""Real processes that are killed or told to stop, and trainings that go on afterwards."""
+"""Trainings that go on after they were killed or told to stop, and checkpoints that mislead."""
 
 import shlex
 import signal
 
 import pytest
+import torch
+
+from featcache.adaptor.checkpoint import read_checkpoint, write_checkpoint
+from featcache.errors import TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +69,72 @@ def test_two_checkpoints_are_kept(space):
     folder = space.root / "runs" / "kept" / "checkpoints" / "step-000000008"
     assert {path.name for path in folder.iterdir()} == {"state.json", "tensors.safetensors"}
     assert not list((space.root / "runs").rglob("*.ckpt"))
+
+
+@pytest.fixture
+def unfinished(run, break_gradient, monkeypatch, tmp_path):
+    """Change the checkpoint of a training that stopped after step 7, checksums and all; go on."""
+    break_gradient(first=8)
+    with pytest.raises(TrainingError):
+        run(checkpoint_every=7)
+    monkeypatch.undo()
+    folder = tmp_path / "run" / "checkpoints" / "step-000000007"
+
+    def go_on(change):
+        state = read_checkpoint(folder)
+        change(state)
+        write_checkpoint(folder, state)
+        return run(checkpoint_every=7)
+
+    return go_on
+
+
+def first_moment(state):
+    return next(iter(state["optimizer_states"][0]["state"].values()))
+
+
+def counts_of_epochs(state):
+    return state["loops"]["fit_loop"]["epoch_progress"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda state: state.update(optimizer_states=[]), "optimizer_states"),
+        (lambda state: state.update(lr_schedulers=[]), "lr_schedulers"),
+        (lambda state: state.update(loops=3), "loops"),
+        (lambda state: state["loops"]["fit_loop"]["state_dict"].clear(), "loops"),
+        (lambda state: counts_of_epochs(state)["total"].update(started="x"), "loops"),
+        (lambda state: state.update(callbacks="x"), "AttributeError"),
+        (lambda state: first_moment(state).update(exp_avg=torch.zeros(1)), "optimizer_states"),
+        (lambda state: first_moment(state).update(step=torch.tensor(99.0)), "optimizer_states"),
+        (lambda state: state["optimizer_states"][0]["param_groups"][0].update(betas=(0, 0)), "opt"),
+        (lambda state: state["featcache"].update(step=5), "step"),
+        (lambda state: state["featcache"].update(step="seven"), "step"),
+        (lambda state: state["featcache"].update(identity=None), "identity"),
+        (lambda state: state["featcache"].update(generators={}), "generators"),
+    ],
+)
+def test_a_checkpoint_that_does_not_lead_back_to_its_step_is_refused(unfinished, change, named):
+    with pytest.raises(TrainingError, match=r"cannot go on from this|no checkpoint of a") as caught:
+        unfinished(change)
+    assert named in caught.value.what
+    assert "\n" not in caught.value.what
+    assert caught.value.where.endswith("step-000000007/state.json")
+    assert "delete this folder" in caught.value.fix
+
+
+def test_a_checkpoint_that_counts_too_many_epochs_does_not_end_in_a_finished_run(
+    unfinished, tmp_path
+):
+    def change(state):
+        for counts in counts_of_epochs(state).values():
+            counts.update(ready=3, started=3, processed=3, completed=3)
+
+    with pytest.raises(TrainingError, match=r"ended by itself|cannot go on"):
+        unfinished(change)
+    assert not (tmp_path / "run" / "adaptor").exists()
+
+
+def test_an_unchanged_checkpoint_goes_on(unfinished):
+    assert unfinished(lambda state: None).facts["steps"] == 15

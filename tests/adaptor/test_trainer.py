@@ -1,7 +1,6 @@
 import re
 import shutil
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -14,15 +13,6 @@ from featcache.adaptor.run import start_folder
 from featcache.adaptor.saved import load_adaptor
 from featcache.errors import TrainingError, UsageError
 from featcache.heads.vectors import image_vectors
-
-
-@pytest.fixture
-def unchecked():
-    """No shape checks, which break the graph of `torch.compile`."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def test_lightning_keeps_quiet(run, capsys, caplog):

@@ -1,5 +1,7 @@
 """What people report about training; what the tests of single modules hold is not repeated here."""
 
+import hashlib
+import io
 import json
 import os
 import pathlib
@@ -11,15 +13,21 @@ import pyarrow as pa
 import pytest
 import torch
 from adaptor.conftest import build, run_config, spec, write_set
+from safetensors.torch import save
 
 from featcache.adaptor import stage as module
+from featcache.adaptor.checkpoint import read_checkpoint, write_checkpoint
+from featcache.adaptor.export import export
 from featcache.adaptor.losses import batch_positives, infonce
 from featcache.adaptor.retrieval import retrieval_metrics, retrieval_ranks
+from featcache.adaptor.saved import load_adaptor
 from featcache.adaptor.train import train_adaptor
 from featcache.cache.reader import FeatureSet, open_cache
+from featcache.cli import main
 from featcache.errors import TerminatedError, TrainingError
 from featcache.heads.classify import ProbeConfig, finetune
 from featcache.heads.retrieve import RetrieveConfig, retrieve
+from featcache.loader.batch import Batch
 from featcache.loader.gather import TokenLoader
 from featcache.manifest.table import write_manifest
 
@@ -73,16 +81,17 @@ def weights(folder):
 def test_a_training_that_was_stopped_goes_on_in_the_same_order_by_other_means(
     study, seen, tmp_path, monkeypatch, capsys, means
 ):
-    start(study, tmp_path / "undisturbed")
+    long = {"batch_size": 4, "epochs": 2}  # 10 batches an epoch
+    start(study, tmp_path / "undisturbed", **long)
     undisturbed = list(seen)
-    assert len(undisturbed) == 15
+    assert len(undisturbed) == 20
     seen.clear()
-    stop_at(monkeypatch, 7)
-    with pytest.raises(TerminatedError, match="stopped after step 7 of 15"):
-        start(study, tmp_path / "stopped")
-    assert len(seen) == 7
+    stop_at(monkeypatch, 17)
+    with pytest.raises(TerminatedError, match="stopped after step 17 of 20"):
+        start(study, tmp_path / "stopped", **long)
+    assert len(seen) == 17
     capsys.readouterr()
-    start(study, tmp_path / "stopped", **means)  # a warning of the framework would be an error
+    start(study, tmp_path / "stopped", **long, **means)  # a framework's warning would be an error
     assert seen == undisturbed
     assert "resum" not in capsys.readouterr().err.lower()
     assert losses(tmp_path / "stopped") == losses(tmp_path / "undisturbed")
@@ -97,6 +106,26 @@ def test_a_row_left_over_opens_the_next_epoch_and_none_is_lost(seen, tmp_path):
     rows = np.concatenate(seen)  # 128
     for at in (0, 33, 66):
         assert set(rows[at : at + 33]) == set(range(33))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "setting", "code", "words"),
+    [
+        (1, "batch_size=32", 1, "has 1 image-text pairs with valid features; at least 2 are"),
+        (33, "batch_size=1", 2, "1 pairs in a batch leave nothing to contrast a pair with"),
+        (3, "devices=4", 1, "3 training pairs cannot be shared by 4 processes"),
+    ],
+)
+def test_what_leaves_nothing_to_contrast_is_refused_in_words(
+    tmp_path, capsys, pairs, setting, code, words
+):
+    few = build(tmp_path / "few", train=pairs).workspace
+    few.use(manifest="made", image="made-image", text="made-text")
+    assert main(["train-adaptor", "--root", str(few.root), "--set", setting]) == code
+    said = capsys.readouterr().err
+    assert words in said
+    assert "Traceback" not in said
+    assert not few.runs.exists()
 
 
 def test_a_probe_fits_any_number_of_rows_and_a_subset_of_a_row_for_each_class(tmp_path):
@@ -140,16 +169,185 @@ def test_a_checkpoint_with_an_object_in_it_is_refused_and_nothing_of_it_runs(
     assert not canary.exists()
 
 
+def foreign(canary: pathlib.Path) -> dict[str, bytes]:
+    """What torch, pickle and safetensors write, none of it ours."""
+    files = {}
+    for name, content in (("path", pathlib.Path("/")), ("bomb", _Bomb(canary))):
+        files[f"pickled {name}"] = pickle.dumps({"state_dict": {}, "folder": content})
+        buffer = io.BytesIO()
+        torch.save({"state_dict": {}, "folder": content}, buffer)
+        files[f"torch {name}"] = buffer.getvalue()
+    files["other tensors"] = save({"weight": torch.zeros(2)})
+    return files
+
+
+class _Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, canary: pathlib.Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (pathlib.Path.touch, (self.canary,))
+
+
+@pytest.mark.parametrize("command", ["retrieve", "export"])
+def test_an_adaptor_with_an_object_in_it_is_refused_and_nothing_of_it_runs(
+    tmp_path, capsys, command
+):
+    whole = build(tmp_path / "study", train=8)
+    start(whole, whole.workspace.runs / "run", epochs=1)
+    folder = whole.workspace.runs / "run" / "adaptor"
+    facts = json.loads((folder / "adaptor.json").read_text())
+    asked = [command, "--root", str(whole.workspace.root)]
+    asked += ["--manifest", "made", "--run", str(folder)]
+    if command == "export":
+        asked = [*asked[:3], str(folder), "--out", str(tmp_path / "out")]
+    canary = tmp_path / "canary"
+    capsys.readouterr()
+    for kind, content in foreign(canary).items():
+        for mended in (True, False):  # whether the stranger mends the checksum too
+            (folder / "adaptor.safetensors").write_bytes(content)
+            digest = hashlib.sha256(content).hexdigest()
+            own = facts | ({"weights_sha256": digest} if mended else {})
+            (folder / "adaptor.json").write_text(json.dumps(own))
+            assert main(asked) == 1, kind
+            said = capsys.readouterr().err
+            assert "weights" in said.partition("\n")[0]
+            assert "Traceback" not in said
+            assert "weights_only" not in said
+            (folder / "adaptor.json").write_bytes(content)
+            assert main(asked) == 1, kind
+            assert "no JSON" in capsys.readouterr().err
+    assert not canary.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_lies_about_its_size_costs_no_memory(tmp_path, study):
+    start(study, tmp_path / "run", epochs=1)
+    path = tmp_path / "run" / "adaptor" / "adaptor.json"
+    facts = json.loads(path.read_text())
+    for size, words in ((2**20, "has shape"), (2**40, r"`config\.dim`: input should be less")):
+        facts["config"] |= {"dim": size, "feedforward": size}
+        path.write_text(json.dumps(facts))
+        with pytest.raises(TrainingError, match=words):
+            load_adaptor(tmp_path / "run")
+
+
 def test_a_run_holds_no_pickle(study, tmp_path, monkeypatch):
     stop_at(monkeypatch, 7)
     with pytest.raises(TerminatedError):
         start(study, tmp_path / "run")
     start(study, tmp_path / "run")
+    export(study.workspace, tmp_path / "run" / "out", run=str(tmp_path / "run"))
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert len(files) > 5
+    assert len(files) > 8
     for path in files:
-        assert path.suffix in (".json", ".jsonl", ".yaml", ".csv", ".safetensors")
+        assert path.suffix in (".json", ".jsonl", ".yaml", ".csv", ".safetensors", ".md")
         assert not path.read_bytes().startswith((b"\x80", b"PK"))
+
+
+@pytest.fixture
+def hot(monkeypatch):
+    """Every Adaptor starts with a temperature beyond what float16 can hold."""
+    whole = module.build_adaptor
+
+    def build_hot(*arguments):
+        adaptor, objective = whole(*arguments)
+        torch.nn.init.constant_(adaptor.logit_scale, 12.0)
+        return adaptor, objective
+
+    monkeypatch.setattr(module, "build_adaptor", build_hot)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_temperature_that_starts_too_high_trains_at_any_rate(hot, tmp_path, precision):
+    pairs = build(tmp_path / "study", train=64, validate=0)
+    run = start(
+        pairs, tmp_path / "run", batch_size=64, epochs=50, lr=1.0, warmup=0.0, precision=precision
+    )
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert len(steps) == 50
+    assert np.isfinite([line["loss"] for line in steps]).all()
+    logged = [line["logit_scale"] for line in steps]
+    assert logged[0] == 12.0  # as it was found; what multiplies the cosines is clamped
+    assert max(logged[1:]) <= np.log(100)
+    assert load_adaptor(run.folder).adaptor.scale <= 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_temperature_in_half_precision_stays_finite(dtype):
+    torch.manual_seed(0)
+    config = run_config(adaptor={"objective": "dual", "dropout": 0.0}).adaptor
+    adaptor, objective = module.build_adaptor(config, 64, 64)
+    torch.nn.init.constant_(adaptor.logit_scale, 12.0)
+    tokens, number = 5 * torch.eye(64).unsqueeze(1), torch.arange(64)  # no two pairs are alike
+    batch = Batch(tokens, tokens, torch.ones(64, 1, dtype=torch.bool), number, number, number)
+    rest = [p for name, p in adaptor.named_parameters() if name != "logit_scale"]
+    groups = [{"params": rest, "lr": 3e-3}, {"params": [adaptor.logit_scale], "lr": 1.0}]
+    optimizer = torch.optim.AdamW(groups)
+    for _ in range(50):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = objective(adaptor, batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        adaptor.clamp_logit_scale()
+        assert loss.isfinite()
+        assert adaptor.scale <= 100
+    assert loss < np.log(64)  # better than guessing: it learns
+
+
+def test_a_checkpoint_with_a_temperature_too_high_goes_on_with_a_clamped_one(
+    study, tmp_path, monkeypatch
+):
+    stop_at(monkeypatch, 7)
+    with pytest.raises(TerminatedError):
+        start(study, tmp_path / "run")
+    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
+    state = read_checkpoint(folder)
+    state["state_dict"]["adaptor.logit_scale"].fill_(12.0)
+    write_checkpoint(folder, state)
+    run = start(study, tmp_path / "run")
+    assert np.isfinite([loss for _, loss in losses(run.folder)]).all()
+    assert load_adaptor(run.folder).adaptor.scale <= 100
+
+
+def undefined_in(monkeypatch, *epochs):
+    """Let nothing be measured in some epochs."""
+    whole, calls = module.Candidates.metrics, iter(range(100))
+
+    def metrics(self, *arguments):
+        found = whole(self, *arguments)
+        return found | {"mrr": float("nan")} if next(calls) in epochs else found
+
+    monkeypatch.setattr(module.Candidates, "metrics", metrics)
+
+
+@pytest.mark.parametrize(("undefined", "best"), [((0,), (1, 2)), ((0, 1, 2), (None,))], ids=str)
+def test_an_undefined_epoch_is_reported_and_never_the_best(
+    study, tmp_path, monkeypatch, capsys, undefined, best
+):
+    undefined_in(monkeypatch, *undefined)
+    run = start(study, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert run.facts["best_epoch"] in best
+    for epoch in undefined:
+        assert f"validation of epoch {epoch + 1} is undefined: it cannot be the best" in said
+    assert ("undefined in every epoch, so none is the best" in said) == (best == (None,))
+    assert (run.folder / "best").exists() == (best != (None,))
+    load_adaptor(run.folder)  # the last one
+
+
+def test_a_validation_split_of_one_report_measures_nothing_and_this_is_said(tmp_path, capsys):
+    pairs = build(tmp_path / "study", train=8, validate=1)
+    run = start(pairs, tmp_path / "run", epochs=2)
+    assert "no epoch is called the best" in capsys.readouterr().err
+    assert run.facts["validation"] is None
+    assert run.facts["best_epoch"] is None
+    assert not (run.folder / "best").exists()
+    load_adaptor(run.folder)
 
 
 @pytest.fixture(scope="module")
