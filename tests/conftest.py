@@ -9,10 +9,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 from conftest_extract import copied, extracted
 from reliability.kit import finished, launcher, tiny
+from synth.trees import covidx_tree, mimic_cxr_jpg_tree, rsna_tree, siim_tree
 
 from featcache.console import set_quiet
 
-__all__ = ["copied", "extracted", "finished", "launcher", "tiny"]
+__all__ = [
+    "copied",
+    "covidx_tree",
+    "extracted",
+    "finished",
+    "launcher",
+    "mimic_cxr_jpg_tree",
+    "rsna_tree",
+    "siim_tree",
+    "tiny",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -15,39 +15,44 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import pyarrow as pa
 from pydantic import Field
 
 from featcache.config import Config, replace_file
 from featcache.console import note
-from featcache.errors import ManifestError, UsageError, nearest
-from featcache.manifest.checks import rows_text
+from featcache.datasets.covid.lists import (
+    CLASSES,
+    PUBLISHED,
+    PUBLISHED_CLASSES,
+    SPLIT_OF_LIST,
+    Entry,
+    compare_with_published,
+    find_lists,
+    parse_line,
+    read_list,
+)
+from featcache.datasets.covid.published import split_as_mgca
+from featcache.errors import ManifestError
 from featcache.manifest.splits import label_fraction, main_class
 from featcache.manifest.table import FunnelStep, Manifest, write_manifest
 from featcache.manifest.tree import SYNTHETIC_NOTE, files_present, is_synthetic
 
+__all__ = [
+    "CLASSES",
+    "DESCRIPTION",
+    "PUBLISHED",
+    "PUBLISHED_CLASSES",
+    "Options",
+    "find_lists",
+    "parse_line",
+    "read",
+]
+
 DESCRIPTION = "COVIDx: normal, pneumonia and COVID-19 radiographs of several sources."
 
-CLASSES: dict[str, tuple[str, ...]] = {
-    "three": ("normal", "pneumonia", "COVID-19"),
-    "two": ("negative", "positive"),
-}
-SPLIT_OF_LIST = {"train": "train", "val": "validate", "test": "test"}
-# Lines of each list, to tell a complete version from a part of it.
-PUBLISHED: dict[str, dict[str, int]] = {
-    "5": {"train": 13_958, "test": 300},
-    "8A": {"train": 15_599, "test": 400},
-    "8B": {"train": 15_952, "test": 400},
-    "9A": {"train": 30_130, "test": 400},
-    "9B": {"train": 30_482, "test": 400},
-    "CXR-3A": {"train": 29_634, "test": 400},
-    "CXR-3B": {"train": 29_986, "test": 400},
-    "CXR-4": {"train": 67_863, "val": 8_473, "test": 8_482},
-}
 MISSING_LIST = "missing_files.txt"
-NO_SOURCE = "unknown"
 NOTE_RSNA = (
     "Patient ids of the rsna images name images, not patients: whether a patient is in more than "
     "one split is unknown for them."
@@ -56,7 +61,16 @@ NOTE_VALIDATE = (
     "The validation split is ours, by patient: image-level splits of the train list share patients "
     "with it."
 )
-_LIST_NAME = re.compile(r"(train|val|test)(?:_COVIDx)?[_-]?(.*)\.txt", re.IGNORECASE)
+NOTE_LEAK = (
+    "Of the 200 rsna images of the published test list 129 belong to a patient of NIH ChestX-ray14 "
+    "who is also in the train list; by the ids of the list nobody is."
+)
+NOTE_RSNA_TEST = (
+    "The rsna images are from the RSNA challenge: 2,066 images of its MGCA test split are in the "
+    "train list, so never train on one and test on the other."
+)
+# Files that were listed and withdrawn later, and those of them with ABDOMEN in their name.
+WITHDRAWN = {"9A": (496, 430)}
 _NUMBERED = re.compile(r"(.*)\((\d+)\)(\.\w+)")
 
 
@@ -72,6 +86,11 @@ class Options(Config):
         default="three",
         description="`three`: normal, pneumonia, COVID-19; `two`: negative, positive.",
     )
+    split: Literal["ours", "mgca"] = Field(
+        default="ours",
+        description="`ours`: validation by patient and class; `mgca`: MGCA's split by image, "
+        "recomputed; each image then counts as a patient.",
+    )
     validate_fraction: float = Field(
         default=0.2,
         gt=0,
@@ -79,22 +98,6 @@ class Options(Config):
         description="Share of the train list that goes to validation, by patient and class.",
     )
     seed: int = Field(default=0, description="Seed of the split into train and validation.")
-
-
-class Entry(NamedTuple):
-    """One line of a list."""
-
-    list_name: str
-    line: int
-    patient: str
-    file: str
-    finding: str
-    source: str
-
-    @property
-    def key(self) -> str:
-        """Identity of the image: folder and file name, as the list spells it."""
-        return f"{self.list_name}/{self.file}"
 
 
 def read(folder: Path, out: Path, *, options: Options) -> Manifest:
@@ -114,10 +117,10 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
         UsageError: Several versions are there and none was chosen, or the chosen one is not.
     """
     version, lists = find_lists(folder, options.version)
-    entries = [entry for name in lists for entry in _read_list(name, lists[name], options.task)]
-    num_lines = len(entries)
-    completeness = _compare_with_published(version, entries)
-    entries = _merge_lines(entries, lists)
+    lines = [entry for name in lists for entry in read_list(name, lists[name], options.task)]
+    num_lines = len(lines)
+    completeness = compare_with_published(version, lines)
+    entries = _merge_lines(lines, lists)
     funnel = [
         FunnelStep(name="lines in the lists", count=num_lines),
         FunnelStep(
@@ -132,7 +135,20 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
     _report_missing(folder, version, missing, len(entries))
     by_source = Counter(f"file missing, source {entry.source}" for entry in missing)
     funnel.append(FunnelStep(name="images with a file", count=len(entries), dropped=by_source))
-    splits, split_policy = _split(entries, "val" in lists, options)
+    notes = _notes(folder, version, entries)
+    if options.split == "mgca":
+        made = split_as_mgca(
+            lines,
+            version,
+            is_whole=completeness.endswith("as published"),
+            where=" and ".join(map(str, lists.values())),
+        )
+        splits, split_policy = [made.split_of[entry.key] for entry in entries], made.policy
+        notes.append(made.note)
+        entries = [entry._replace(patient=entry.key) for entry in entries]
+    else:
+        splits, split_policy = _split(entries, "val" in lists, options)
+        notes += [] if "val" in lists else [NOTE_VALIDATE]
     try:
         manifest = write_manifest(
             out,
@@ -140,7 +156,7 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
             dataset="covidx",
             image_root=folder,
             funnel=funnel,
-            notes=_notes(folder, entries, "val" in lists),
+            notes=notes,
             policies={
                 "lists": completeness,
                 "split": split_policy,
@@ -156,121 +172,6 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
         names = "".join(f"{key}\n" for key in sorted(entry.key for entry in missing))
         replace_file(out / MISSING_LIST, names.encode())
     return manifest
-
-
-def find_lists(folder: Path, version: str | None) -> tuple[str, dict[str, Path]]:
-    """Find the lists of one version, in a folder or its `labels/`.
-
-    Args:
-        folder: The data set's folder; of two lists of one name, the one that lies here is taken.
-        version: As the file names spell it, `CXR-` and case left open; None for the only one.
-
-    Returns:
-        The version, `plain` for `train.txt`; and the path of each list: train, test, perhaps val.
-
-    Raises:
-        ManifestError: There is no train list with a test list of its version.
-        UsageError: The version is not there, or one has to be chosen.
-    """
-    found: dict[str, dict[str, Path]] = defaultdict(dict)
-    for place in (folder / "labels", folder):
-        for path in sorted(place.glob("*.txt")):
-            if match := _LIST_NAME.fullmatch(path.name):
-                found[match[2].upper() or "plain"][match[1].lower()] = path
-    complete = {name: lists for name, lists in found.items() if {"train", "test"} <= set(lists)}
-    if not complete:
-        raise ManifestError(
-            "no train list with a test list of the same version",
-            where=f"{folder} and {folder / 'labels'}",
-            fix="put e.g. train_COVIDx9A.txt and test_COVIDx9A.txt of COVID-Net there",
-        )
-    chosen = sorted(complete)
-    if version is not None:
-        spellings = (version.casefold(), f"cxr-{version}".casefold())
-        chosen = [name for name in chosen if name.casefold() in spellings]
-    if len(chosen) != 1:
-        known = sorted(complete)
-        raise UsageError(
-            f"there are lists of {len(known)} versions: {', '.join(known)}"
-            if version is None
-            else f"there are no lists of version `{version}`; {nearest(version, known)}",
-            where=folder,
-            fix=f"--set version={known[0]}",
-        )
-    lists = complete[chosen[0]]
-    return chosen[0], {name: lists[name] for name in SPLIT_OF_LIST if name in lists}
-
-
-def parse_line(text: str) -> tuple[str, str, str, str] | None:
-    """Read one line of a list from its end.
-
-    Args:
-        text: `patient file class`, or with the source behind; the patient may hold blanks.
-
-    Returns:
-        Patient, file, class and source (`unknown` where the line has none); None when it is no
-        such line.
-    """
-    fields = text.split()
-    known = {name for names in CLASSES.values() for name in names}
-    source = fields.pop().lower() if fields and fields[-1] not in known else NO_SOURCE
-    if len(fields) < 3 or fields[-1] not in known:
-        return None
-    *patient, file, finding = fields
-    return " ".join(patient), file, finding, {"rnsa": "rsna"}.get(source, source)
-
-
-def _read_list(name: str, path: Path, task: str) -> list[Entry]:
-    """Read one list.
-
-    Raises:
-        ManifestError: A line cannot be read, or names a class of the other task.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ManifestError("the list is no UTF-8 text", where=path) from None
-    entries, unread = [], []
-    for number, text in enumerate(lines, start=1):
-        if not text.strip():
-            continue
-        fields = parse_line(text)
-        if fields is None:
-            unread.append(number)
-        else:
-            entries.append(Entry(name, number, *fields))
-    if unread:
-        raise ManifestError(
-            f"{len(unread):,} lines are not `patient file class source`, with one of the classes "
-            f"{', '.join(n for names in CLASSES.values() for n in names)}: {rows_text(unread)}",
-            where=path,
-        )
-    classes = {entry.finding for entry in entries}
-    if not classes <= set(CLASSES[task]):
-        other = "two" if task == "three" else "three"
-        raise ManifestError(
-            f"the task has the classes {', '.join(CLASSES[task])}, the list has "
-            f"{', '.join(sorted(classes))}",
-            where=path,
-            fix=f"--set task={other}, or lists of another version",
-        )
-    return entries
-
-
-def _compare_with_published(version: str, entries: Sequence[Entry]) -> str:
-    """Say whether the lists are as long as those that were published."""
-    counts = dict(Counter(entry.list_name for entry in entries))
-    have = " + ".join(f"{count:,}" for count in counts.values())
-    published = PUBLISHED.get(version)
-    if counts == published:
-        return f"version {version}, {have} lines as published"
-    if published is None:
-        verdict = f"version {version} of unknown length, {have} lines"
-    else:
-        want = " + ".join(f"{count:,}" for count in published.values())
-        verdict = f"version {version}, {have} lines of the published {want}"
-    note(f"covidx: {verdict}")
-    return verdict
 
 
 def _merge_lines(entries: Sequence[Entry], lists: Mapping[str, Path]) -> list[Entry]:
@@ -323,10 +224,16 @@ def _report_missing(folder: Path, version: str, missing: Sequence[Entry], left: 
         )
     if missing:
         note(f"covidx: {len(missing):,} listed files are missing; named in {MISSING_LIST}")
-    if version == "9A" and any(entry.source == "stonybrook" for entry in missing):
+    if version in WITHDRAWN and any(entry.source == "stonybrook" for entry in missing):
+        count, abdomen = WITHDRAWN[version]
+        gone = [entry for entry in missing if entry.source == "stonybrook"]
+        named = sum("ABDOMEN" in entry.file.upper() for entry in gone)
+        have = f"{len(gone):,} Stony Brook files are missing, {named:,} with ABDOMEN in the name"
+        is_all = (len(gone), named) == (count, abdomen)
         note(
-            "covidx: 496 Stony Brook files that 9A names were withdrawn later; "
-            "CXR-3A is that list without them"
+            f"covidx: {have}; {count:,} and {abdomen:,} were withdrawn"
+            + (", so it is these: CXR-3A is the list without them" if is_all else "")
+            + ("" if is_all else " later; CXR-3A is the list without them")
         )
 
 
@@ -369,13 +276,15 @@ def _images(entries: Sequence[Entry], splits: Sequence[str], paths: Sequence[str
     return pa.table({**table, "study_id": nothing, "view_position": nothing})
 
 
-def _notes(folder: Path, entries: Sequence[Entry], has_validate: bool) -> list[str]:
+def _notes(folder: Path, version: str, entries: Sequence[Entry]) -> list[str]:
     """What every table of results has to say."""
     notes = [SYNTHETIC_NOTE] if is_synthetic(folder) else []
     notes += _source_note(entries)
     if any(entry.source == "rsna" for entry in entries):
         notes.append(NOTE_RSNA)
-    return notes if has_validate else [*notes, NOTE_VALIDATE]
+        if version in ("9A", "CXR-3A") and not is_synthetic(folder):
+            notes += [NOTE_LEAK, NOTE_RSNA_TEST]
+    return notes
 
 
 def _source_note(entries: Iterable[Entry]) -> list[str]:

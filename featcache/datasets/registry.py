@@ -5,8 +5,9 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from featcache.config import load_config
+from featcache.config import load_config, read_json
 from featcache.errors import UsageError, nearest
+from featcache.manifest.audit import CheckedManifest, audit, write_findings
 from featcache.manifest.table import Manifest
 from featcache.manifest.units import TextOptions
 from featcache.workspace import Workspace
@@ -74,3 +75,23 @@ def make_manifest(
     manifest: Manifest = module.read(folder, workspace.manifests / name, options=options)
     workspace.use(manifest=name)
     return manifest
+
+
+def check_manifest(
+    workspace: Workspace, manifest: Manifest, *, show_ids: bool = False
+) -> CheckedManifest:
+    """Make the checks that do not stop a manifest, and keep what they found in `checks.json`.
+
+    Args:
+        workspace: Its other data sets are looked through for the same images.
+        manifest: Of this workspace.
+        show_ids: Whether the result names a few keys or paths for each check.
+    """
+    others = {
+        path.parent.name: path.parent
+        for path in sorted(workspace.manifests.glob("*/manifest.json"))
+        if read_json(path).get("dataset") != manifest.meta.dataset
+    }
+    checked = CheckedManifest(manifest, audit(manifest, others), show_ids)
+    write_findings(checked)
+    return checked

@@ -4,7 +4,8 @@ The publication holds three classes and no reports. Each picture gets one text, 
 phrasings by a hash of its key, so that a text encoder has something to read. These texts carry the
 class, which every table made from them must say.
 
-Source: Kermany, Zhang, Goldbaum 2018, CC BY 4.0; `featcache/sample/ATTRIBUTION.md`.
+Sources: Kermany, Zhang, Goldbaum 2018, CC BY 4.0; masks of the lungs: V7 Labs, CC BY 4.0;
+`featcache/sample/ATTRIBUTION.md`.
 """
 
 import csv
@@ -132,6 +133,8 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
     columns = {name: pa.array([row[name] for row in rows], pa.string()) for name in copied}
     columns["study_id"] = columns["key"]  # each picture is a study of its own
     columns["label:class"] = pa.array([row["finding"] for row in rows], pa.string())
+    masks = [f"file:{row['lung_mask']}" if row["lung_mask"] else None for row in rows]
+    columns["mask"] = pa.array(masks, pa.string())
     texts = [compose_text(row["key"], row["finding"]) for row in rows]
     text_columns = {
         "key": columns["key"],
@@ -147,6 +150,9 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
         image_root=folder,
         funnel=[FunnelStep(name="rows in table.csv", count=len(rows))],
         notes=NOTES,
+        policies={
+            "mask": "both lungs, of the pictures of kermany512; the others are not annotated"
+        },
         text_unit=options.text_unit,
     )
 

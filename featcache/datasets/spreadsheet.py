@@ -338,6 +338,10 @@ def _drop_blank_ids(rows: _Rows) -> tuple[_Rows, list[FunnelStep]]:
             numbers = rows.images[ROW_COLUMN].to_numpy()[blank]
             note(f"dropped for a blank `{field}`: {rows_text(numbers)}")
             left &= ~blank
+    blank = left & rows.images["study_id"].is_null().to_numpy()
+    if blank.any() and not blank.all():
+        numbers = rows.images[ROW_COLUMN].to_numpy()[blank]
+        note(f"kept with a blank `study_id`, {blank.sum():,} in all: {rows_text(numbers)}")
     steps = [FunnelStep(name="rows in the table", count=len(left))]
     if dropped:
         count = int(left.sum())

@@ -1,6 +1,7 @@
 """What the columns of a manifest are, and what makes a table of them trustworthy."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,6 +12,7 @@ import pyarrow.compute as pc
 from jaxtyping import Int64, Shaped
 
 from featcache.errors import ManifestError, nearest
+from featcache.manifest.masks import mask_problem
 from featcache.manifest.splits import SPLIT_NAMES
 
 MAX_KEY_BYTES = 128
@@ -30,7 +32,9 @@ IMAGE_COLUMNS = {
     "source": True,
     "image_path": True,
 }
-MASK_COLUMN = "mask_path"
+MASK_COLUMN = "mask"  # see `masks.py`
+MASK_PATH_COLUMN = "mask_path"
+MASK_COLUMNS = (MASK_PATH_COLUMN, MASK_COLUMN)
 ROW_COLUMN = "row"
 # Text is 64-bit addressed: a million reports can pass the 2 GiB that a 32-bit column holds.
 TEXT_COLUMNS = {
@@ -166,17 +170,16 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def conform_images(images: pa.Table, where: Path) -> pa.Table:
-    """Image columns in their order: the fixed ones, the mask, then labels by name."""
+    """Image columns in their order: the fixed ones, masks, then labels by name."""
     labels = sorted(name for name in images.column_names if name.startswith(LABEL_PREFIX))
-    known = [*IMAGE_COLUMNS, MASK_COLUMN, ROW_COLUMN]
+    known = [*IMAGE_COLUMNS, *MASK_COLUMNS, ROW_COLUMN]
     problems = _column_problems(images, known, list(IMAGE_COLUMNS))
     if LABEL_PREFIX in labels:
         problems.append(f"a label column needs a name after `{LABEL_PREFIX}`")
     if problems:
         raise ManifestError("\n  ".join(problems), where=where)
     types = dict.fromkeys(IMAGE_COLUMNS, pa.string())
-    if MASK_COLUMN in images.column_names:
-        types[MASK_COLUMN] = pa.string()
+    types |= {name: pa.string() for name in MASK_COLUMNS if name in images.column_names}
     for name in labels:
         types[name] = pa.string() if _is_text(images[name].type) else pa.int8()
     return _cast(images, types, where)
@@ -233,6 +236,8 @@ def check_images(images: pa.Table, numbers: Int64[np.ndarray, " N"]) -> list[str
     for name in images.column_names:
         if name.startswith(LABEL_PREFIX):
             faults |= _label_faults(name, images[name])
+    if MASK_COLUMN in images.column_names:
+        faults |= _mask_faults(images[MASK_COLUMN])
     problems = [f"{what}: {rows_text(numbers[at])}" for what, at in faults.items() if len(at)]
     if not len(images):
         problems.append("no image is left: an empty manifest is of no use")
@@ -249,6 +254,16 @@ def _label_faults(name: str, column: pa.ChunkedArray) -> dict[str, Int64[np.ndar
         return {f"`{name}` is blank where null is meant": _where(blank)}
     allowed = pa.array([1, 0, -1, None], pa.int8())
     return {f"`{name}` is none of 1, 0, -1": _where(pc.invert(pc.is_in(column, allowed)))}
+
+
+def _mask_faults(column: pa.ChunkedArray) -> dict[str, Int64[np.ndarray, " N"]]:
+    """Masks that cannot be: by what is wrong, the positions."""
+    faults: dict[str, list[int]] = defaultdict(list)
+    for position, text in enumerate(column.to_pylist()):
+        problem = mask_problem(text) if text else None
+        if problem:
+            faults[problem].append(position)
+    return {problem: np.array(at, dtype=np.int64) for problem, at in faults.items()}
 
 
 def patients_in_two_splits(images: pa.Table) -> int:

@@ -5,7 +5,7 @@ the machine, or on a generator that other code advances too.
 """
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -139,6 +139,40 @@ def label_fraction(
         counts[subject][label] += 1
     chosen = _choose_patients(counts, fraction, seed)
     return sorted(key for key, subject in zip(keys, subject_ids, strict=True) if subject in chosen)
+
+
+def label_shots(
+    keys: Sequence[str], subject_ids: Sequence[str], labels: Sequence[str], *, shots: int, seed: int
+) -> list[str]:
+    """Choose a few labelled images of each class, from as many patients as possible.
+
+    Within each class patients stand in the order of their hash. The first image by key of each is
+    taken, then the second of each, until there are enough; a class with fewer images gives all.
+    Fewer shots of the same seed are a subset of more.
+
+    Args:
+        keys: Key of each image, unique.
+        subject_ids: Patient of each image.
+        labels: Class of each image.
+        shots: Images of each class.
+        seed: Another seed gives an independent choice.
+
+    Returns:
+        Keys of the chosen images, sorted.
+
+    Raises:
+        UsageError: `shots` is below 1.
+    """
+    if shots < 1:
+        raise UsageError(f"at least one image of each class is needed, got {shots}", where="shots")
+    subjects = sorted(set(subject_ids))
+    place = dict(zip(subjects, _positions("fraction", subjects, seed).tolist(), strict=True))
+    ranked: dict[str, list[tuple[int, float, str]]] = defaultdict(list)
+    taken: Counter[tuple[str, str]] = Counter()
+    for key, subject, label in sorted(zip(keys, subject_ids, labels, strict=True)):
+        ranked[label].append((taken[label, subject], place[subject], key))
+        taken[label, subject] += 1
+    return sorted(key for rows in ranked.values() for _, _, key in sorted(rows)[:shots])
 
 
 def main_class(counts: Mapping[str, int]) -> str:

@@ -48,7 +48,6 @@ from featcache.manifest.checks import (
     text_ids,
 )
 from featcache.manifest.units import (
-    SENTENCE_NOTE,
     SENTENCE_POLICY,
     SentenceCounts,
     cut_into_sentences,
@@ -294,7 +293,7 @@ def write_manifest(  # noqa: PLR0913 - the one place where a reader hands over a
         made_with=__version__,
         image_root=str(image_root.resolve()),
         synthetic=synthetic,
-        notes=[*notes, *([SENTENCE_NOTE] if sentences is not None else [])],
+        notes=list(notes),
         policies=policies,
         funnel=steps,
         sentences=sentences,

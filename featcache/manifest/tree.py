@@ -3,12 +3,15 @@
 import errno
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool
 
+from featcache.console import task
 from featcache.errors import ManifestError
 
 SYNTHETIC_MARK = "SYNTHETIC.txt"
@@ -16,6 +19,11 @@ SYNTHETIC_NOTE = (
     "synthetic stand-in: the images and texts were drawn by a program; they show no patient, and "
     "no figure measured on them says anything about real data."
 )
+_THREADS = 16  # what waits is the file system, not the processor
+_BLOCK = 4_096
+_SLICE = 64
+
+_Result = TypeVar("_Result")
 
 
 def is_synthetic(folder: Path) -> bool:
@@ -66,3 +74,24 @@ def _file_names(root: Path, folder: str) -> frozenset[str]:
             where=root,  # a folder below it may carry a patient's identifier
             fix="check the permissions below it",
         ) from None
+
+
+def each_file(
+    function: Callable[[str], _Result], paths: Sequence[str], *, title: str, unit: str
+) -> Iterator[_Result]:
+    """Call a function for each path, in many threads, and yield the results in order.
+
+    Args:
+        function: Reads or looks at one file; what it raises ends the run.
+        paths: Any number of them.
+        title: What the progress display calls it.
+        unit: What is counted, in the plural.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool, task(title, len(paths), unit) as progress:
+        for start in range(0, len(paths), _BLOCK):
+            block = paths[start : start + _BLOCK]
+            # A future for each file would cost more than reading it.
+            slices = [block[at : at + _SLICE] for at in range(0, len(block), _SLICE)]
+            for results in pool.map(lambda names: [function(name) for name in names], slices):
+                yield from results
+            progress.update(start + len(block))

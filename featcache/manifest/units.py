@@ -9,10 +9,6 @@ from featcache.manifest.checks import TextUnit, text_ids
 from featcache.manifest.sentences import RULES_VERSION, is_sentence, split_pieces
 
 SENTENCE_POLICY = f"sentence, rules {RULES_VERSION}"
-SENTENCE_NOTE = (
-    "Texts are sentences. In training, a sentence that stands in a batch with one image counts as "
-    "a negative of the batch's other images, even of one whose report holds it too."
-)
 REPORTS_AT_ONCE = 20_000
 
 

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Bool, Float32, UInt8
 from PIL import Image, ImageOps
 
 DRAWN_AT_MOST_PX = 512  # larger pictures are drawn at this size and enlarged
 
 Plane = Float32[np.ndarray, "H W"]
+Area = Bool[np.ndarray, "h w"]
 Box = tuple[float, float, float, float]
 
 
@@ -314,11 +315,15 @@ def _expose(plane: Plane, rng: np.random.Generator) -> Plane:
     return _plane(np.clip(exposed + noise * np.sqrt(exposed + 0.05), 0.0, 1.0))
 
 
-def _box(shape: Plane) -> Box:
-    """Left, top, right and bottom of what stands out, as shares of the picture."""
-    strong = np.abs(shape) >= 0.4 * np.abs(shape).max()
-    rows, columns = np.flatnonzero(strong.any(1)), np.flatnonzero(strong.any(0))
-    height, width = shape.shape
+def _area(shape: Plane) -> Area:
+    """The pixels that stand out."""
+    return np.asarray(np.abs(shape) >= 0.4 * np.abs(shape).max())
+
+
+def _box(area: Area) -> Box:
+    """Left, top, right and bottom of an area, as shares of the picture."""
+    rows, columns = np.flatnonzero(area.any(1)), np.flatnonzero(area.any(0))
+    height, width = area.shape
     edges = columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height
     return tuple(round(float(edge), 4) for edge in edges)  # type: ignore[return-value]
 
@@ -354,17 +359,42 @@ def draw_frontal(
         The grey levels (air dark), and a box for each lesion that has a place. Boxes are left,
         top, right, bottom as shares of the picture.
     """
+    grey, areas = draw_with_areas(patient, lesions, rng, height=height, width=width)
+    return grey, [(kind, _box(area)) for kind, area in areas]
+
+
+def draw_with_areas(
+    patient: Anatomy,
+    lesions: Sequence[Lesion],
+    rng: np.random.Generator,
+    *,
+    height: int,
+    width: int,
+) -> tuple[UInt8[np.ndarray, "H W"], list[tuple[str, Area]]]:
+    """Draw a frontal radiograph, as `draw_frontal` does, with the pixels of its lesions.
+
+    Args:
+        patient: Whose chest.
+        lesions: What is wrong with it.
+        rng: Pose, noise and the lesions' own shapes.
+        height: Rows of the picture.
+        width: Columns of the picture.
+
+    Returns:
+        The grey levels (air dark), and an area for each lesion that has a place, in the size that
+        was drawn: at most `DRAWN_AT_MOST_PX`.
+    """
     factor = min(1.0, DRAWN_AT_MOST_PX / max(height, width))
     x, y = _coordinates(max(round(height * factor), 1), max(round(width * factor), 1), rng)
     scene = Scene(x, y, patient, _lungs(x, y, patient), rng)
     plane = _chest(scene, lesions)
-    boxes = []
+    areas = []
     for lesion in lesions:
         if lesion.kind in LESIONS:
             shape = LESIONS[lesion.kind](scene, lesion)
             plane = plane + np.float32(lesion.strength) * shape
-            boxes.append((lesion.kind, _box(shape)))
-    return _finish(_expose(plane, rng), height, width, rng), boxes
+            areas.append((lesion.kind, _area(shape)))
+    return _finish(_expose(plane, rng), height, width, rng), areas
 
 
 def draw_lateral(

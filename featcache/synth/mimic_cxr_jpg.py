@@ -15,8 +15,19 @@ from PIL import Image
 from featcache.console import task
 from featcache.synth import reports
 from featcache.synth.draw import draw_frontal, draw_lateral, equalise, generator
-from featcache.synth.mimic_plan import SIZES, ImagePlan, Picture, StudyPlan, plan
+from featcache.synth.mimic_plan import SIZES, SWITCHES, ImagePlan, Picture, StudyPlan, plan
 from featcache.synth.tree import Summary, Tree
+
+__all__ = [
+    "SWITCHES",
+    "encode_picture",
+    "report_bytes",
+    "truth",
+    "write",
+    "write_labels",
+    "write_lists",
+    "write_tables",
+]
 
 REPORTS = "mimic-cxr-reports"
 BLOCK = 64  # pictures held in memory at once
@@ -101,8 +112,13 @@ def encode_picture(picture: Picture, seed: int) -> bytes:
     return content[: len(content) * 3 // 5] if odd == "truncated" else content
 
 
-def _report_bytes(study: StudyPlan, seed: int) -> bytes:
-    """A study's report as the file holds it."""
+def report_bytes(study: StudyPlan, seed: int) -> bytes:
+    """A study's report as the file holds it.
+
+    Args:
+        study: Whose report.
+        seed: The tree's seed.
+    """
     rng = generator(seed, "report", study.study_id)
     findings = reports.findings_text(study.statements, rng)
     impression = reports.impression_text(study.statements, rng)
@@ -142,7 +158,7 @@ def _label_cells(values: dict[str, int | None]) -> list[str]:
     return ["" if value is None else f"{value:.1f}" for value in values.values()]
 
 
-def _write_labels(tree: Tree, studies: Sequence[StudyPlan], seed: int) -> None:
+def write_labels(tree: Tree, studies: Sequence[StudyPlan], seed: int) -> None:
     """Both labellers' tables, and the hand-labelled one of the test split."""
     head = ["subject_id", "study_id", *reports.LABELS]
     chexpert: list[list[str]] = [head]
@@ -198,36 +214,48 @@ def _metadata_row(study: StudyPlan, image: ImagePlan, seed: int) -> list[object]
     ]
 
 
-def _write_tables(
+def write_tables(
     tree: Tree, studies: Sequence[StudyPlan], seed: int, switches: Collection[str]
 ) -> None:
-    """All tables of both projects but the labels."""
+    """The tables of the JPG project but the labels."""
     metadata: list[Sequence[object]] = [_METADATA]
     splits: list[Sequence[object]] = [("dicom_id", "study_id", "subject_id", "split")]
-    records: list[Sequence[object]] = [("subject_id", "study_id", "dicom_id", "path")]
-    reports_list: list[Sequence[object]] = [("subject_id", "study_id", "path")]
     names = []
     for study in studies:
-        if study.layout != "no report file":
-            path = f"{study.image_folder}.txt"
-            reports_list.append((study.subject_id, study.study_id, path))
         for image in sorted(study.images, key=lambda image: image.dicom_id):
             metadata.append(_metadata_row(study, image, seed))
             splits.append((image.dicom_id, study.study_id, study.subject_id, study.split))
-            path = f"{study.image_folder}/{image.dicom_id}"
-            records.append((study.subject_id, study.study_id, image.dicom_id, f"{path}.dcm"))
-            names.append(f"{path}.jpg\n")
+            names.append(f"{study.image_folder}/{image.dicom_id}.jpg\n")
     if "duplicate-metadata-row" in switches:
         metadata.insert(2, metadata[1])
     if "row-without-split" in switches:
         splits.pop()
     tree.write_csv("mimic-cxr-2.0.0-metadata.csv.gz", metadata)
     tree.write_csv("mimic-cxr-2.0.0-split.csv.gz", splits)
-    tree.write_csv(f"{REPORTS}/cxr-record-list.csv.gz", records)
-    tree.write_csv(f"{REPORTS}/cxr-study-list.csv.gz", reports_list)
     tree.write("IMAGE_FILENAMES", "".join(names).encode())
     tree.write("README", _README.encode())
     tree.write("LICENSE.txt", b"Synthetic files, free for any use.\n")
+
+
+def write_lists(tree: Tree, studies: Sequence[StudyPlan], *, below: str) -> None:
+    """The two lists of the text project.
+
+    Args:
+        tree: Where to write.
+        studies: What to list.
+        below: Folder of the lists, with a slash at its end; empty for the root.
+    """
+    records: list[Sequence[object]] = [("subject_id", "study_id", "dicom_id", "path")]
+    reports_list: list[Sequence[object]] = [("subject_id", "study_id", "path")]
+    for study in studies:
+        ids = (study.subject_id, study.study_id)
+        if study.layout != "no report file":
+            reports_list.append((*ids, f"{study.image_folder}.txt"))
+        for image in sorted(study.images, key=lambda image: image.dicom_id):
+            path = f"{study.image_folder}/{image.dicom_id}.dcm"
+            records.append((*ids, image.dicom_id, path))
+    tree.write_csv(f"{below}cxr-record-list.csv.gz", records)
+    tree.write_csv(f"{below}cxr-study-list.csv.gz", reports_list)
 
 
 def _write_images(tree: Tree, studies: Sequence[StudyPlan], seed: int) -> int:
@@ -251,7 +279,7 @@ def _write_images(tree: Tree, studies: Sequence[StudyPlan], seed: int) -> int:
     return len(wanted)
 
 
-def _truth(studies: Sequence[StudyPlan], seed: int) -> dict[str, object]:
+def truth(studies: Sequence[StudyPlan], seed: int) -> dict[str, object]:
     """What is hidden in the tree, by study and by image."""
     of_studies, of_images = {}, {}
     for study in studies:
@@ -300,9 +328,10 @@ def write(root: Path, *, size: str, seed: int, switches: Collection[str] = ()) -
     images = _write_images(tree, studies, seed)
     for study in studies:
         if study.layout != "no report file":
-            content = _report_bytes(study, seed)
+            content = report_bytes(study, seed)
             tree.write(f"{REPORTS}/{study.image_folder}.txt", content)
-    _write_tables(tree, studies, seed, switches)
-    _write_labels(tree, studies, seed)
+    write_tables(tree, studies, seed, switches)
+    write_lists(tree, studies, below=f"{REPORTS}/")
+    write_labels(tree, studies, seed)
     tree.write_sums("SHA256SUMS.txt")
-    return Summary(images, len(studies), _truth(studies, seed))
+    return Summary(images, len(studies), truth(studies, seed))

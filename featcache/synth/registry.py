@@ -1,25 +1,39 @@
-"""Synthetic data sets by name: each in its published layout, with its truth beside it."""
+"""Synthetic data sets by name: each in its published layout, with its truth beside it.
+
+A set is a module of this folder with `SWITCHES` and `write`, and its name in `DATASETS`:
+`mimic-cxr-jpg` is `mimic_cxr_jpg.py`. Only the module that is asked for is loaded.
+"""
 
 import shutil
 from collections.abc import Collection
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from featcache.config import Config, canonical_json, read_json, write_json
 from featcache.errors import UsageError, nearest
 from featcache.manifest.tree import SYNTHETIC_MARK
-from featcache.synth import covidx, mimic_cxr_jpg, mimic_plan
 from featcache.synth.tree import Summary
 from featcache.workspace import Workspace
 
 SizeName = Literal["tiny", "small", "large"]
 GENERATOR_VERSION = 1  # raised whenever equal arguments would give other bytes
+DATASETS = (
+    "chexpert",
+    "covidx",
+    "mimic-cxr",
+    "mimic-cxr-jpg",
+    "nih",
+    "openi",
+    "rsna",
+    "siim",
+)
 
 
-class _Writer(Protocol):
-    def __call__(
-        self, root: Path, *, size: str, seed: int, switches: Collection[str] = ()
-    ) -> Summary: ...
+def _module(dataset: str) -> ModuleType:
+    """The module that draws a data set: `SWITCHES` and `write`."""
+    return import_module(f"featcache.synth.{dataset.replace('-', '_')}")
 
 
 class _Recipe(Config):
@@ -88,11 +102,11 @@ def synthesize(
     it was made with equal arguments.
 
     Args:
-        dataset: A key of `DATASETS`.
+        dataset: A name of `DATASETS`.
         out: The tree's root; a folder that does not exist yet, or is empty.
         size: `tiny` (seconds), `small` (a minute) or `large`.
         seed: Any whole number from 0.
-        switches: Odd cases that are off unless named; see `SWITCHES`.
+        switches: Odd cases that are off unless named; see the `SWITCHES` of its module.
 
     Returns:
         Where it lies and how much it is.
@@ -111,9 +125,10 @@ def synthesize(
         raise UsageError(f"there is no size `{size}`; {hint}", where="--size", fix="--size tiny")
     if seed < 0:
         raise UsageError(f"a seed is a whole number from 0, got {seed}", where="--seed")
-    unknown = sorted(set(switches) - set(SWITCHES[dataset]))
+    known: tuple[str, ...] = _module(dataset).SWITCHES
+    unknown = sorted(set(switches) - set(known))
     if unknown:
-        hint = nearest(unknown[0], SWITCHES[dataset])
+        hint = nearest(unknown[0], known)
         raise UsageError(f"synthetic {dataset} has no switch `{unknown[0]}`; {hint}")
     recipe = _Recipe(
         dataset=dataset,
@@ -162,21 +177,12 @@ def _write(out: Path, truth: Path, recipe: _Recipe) -> SynthResult:
     except OSError as error:
         raise UsageError(f"the folder cannot be made: {error.strerror}", where=partial) from None
     (partial / SYNTHETIC_MARK).write_text(recipe.marker())
-    write = DATASETS[recipe.dataset]
-    summary = write(partial, size=recipe.size, seed=recipe.seed, switches=recipe.switches)
+    summary: Summary = _module(recipe.dataset).write(
+        partial, size=recipe.size, seed=recipe.seed, switches=recipe.switches
+    )
     counts = {"num_images": summary.images, "num_studies": summary.studies}
     write_json(truth, {**recipe.model_dump(mode="json"), **counts, **summary.truth})
     if out.exists():
         out.rmdir()
     partial.rename(out)
     return SynthResult(recipe.dataset, out, summary.images, summary.studies, truth, True)
-
-
-DATASETS: dict[str, _Writer] = {
-    "mimic-cxr-jpg": mimic_cxr_jpg.write,
-    "covidx": covidx.write,
-}
-SWITCHES: dict[str, tuple[str, ...]] = {
-    "mimic-cxr-jpg": mimic_plan.SWITCHES,
-    "covidx": covidx.SWITCHES,
-}

@@ -1,14 +1,16 @@
 """COVIDx from lists made by hand and from a synthetic tree whose truth is known."""
 
+import hashlib
 from collections import Counter
 
 import pytest
 from contracts.dataset_contract import DatasetContract
+from sklearn.model_selection import train_test_split
 
 from featcache.config import load_config, read_json
 from featcache.datasets import covidx
+from featcache.datasets.covid import published
 from featcache.errors import ManifestError, UsageError
-from featcache.synth.registry import synthesize
 
 TRAIN = """\
 n1 n1-a.png normal rsna
@@ -58,8 +60,8 @@ def tree(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def synthetic(tmp_path_factory):
-    return synthesize("covidx", tmp_path_factory.mktemp("synth") / "tree").path
+def synthetic(covidx_tree):
+    return covidx_tree
 
 
 class TestContract(DatasetContract):
@@ -183,7 +185,7 @@ def test_missing_files_are_dropped_by_source_and_listed(tmp_path, capsys):
     assert listed == "train/c1-a.png\ntrain/c2.png\ntrain/n2.JPG\n"
     printed = capsys.readouterr().err
     assert "3 listed files are missing" in printed
-    assert "CXR-3A is that list without them" in printed
+    assert "1 Stony Brook files are missing, 0 with ABDOMEN in the name; 496 and 430" in printed
     for name in ("c2.png", "n2.JPG", "c1-a.png"):
         (tmp_path / "c" / "train" / name).touch()
     assert not (read(tmp_path / "c").folder / "missing_files.txt").exists()
@@ -307,7 +309,73 @@ def test_a_folder_without_lists_says_what_is_wanted(tmp_path):
     assert "train_COVIDx9A.txt" in message
 
 
-def test_a_complete_version_is_said_to_be_complete(tree, monkeypatch, capsys):
+def classes_of(text: str) -> dict[str, int]:
+    return dict(Counter(covidx.parse_line(line)[2] for line in text.splitlines()))
+
+
+def pretend_published(monkeypatch) -> None:
+    """Let the small lists of this file be the published ones."""
     monkeypatch.setitem(covidx.PUBLISHED, "9A", {"train": 9, "test": 3})
+    monkeypatch.setitem(covidx.PUBLISHED_CLASSES, "9A", classes_of(TRAIN))
+
+
+def test_a_complete_version_is_said_to_be_complete(tree, monkeypatch, capsys):
+    pretend_published(monkeypatch)
     assert read(tree).meta.policies["lists"] == "version 9A, 9 + 3 lines as published"
     assert "of the published" not in capsys.readouterr().err
+    monkeypatch.setitem(covidx.PUBLISHED_CLASSES, "9A", {"normal": 9})
+    assert read(tree).meta.policies["lists"].endswith("but other numbers of each class")
+
+
+def test_the_withdrawn_files_are_recognised_by_their_number(tree, monkeypatch, capsys):
+    (tree / "train" / "c2.png").unlink()
+    monkeypatch.setitem(covidx.WITHDRAWN, "9A", (1, 0))
+    read(tree)
+    assert "so it is these: CXR-3A is the list without them" in capsys.readouterr().err
+
+
+def test_leaks_of_the_published_test_list_are_said(tree, synthetic, tmp_path):
+    notes = read(tree).meta.notes
+    assert covidx.NOTE_LEAK in notes
+    assert covidx.NOTE_RSNA_TEST in notes
+    drawn = covidx.read(synthetic, tmp_path / "m", options=covidx.Options())
+    assert covidx.NOTE_LEAK not in drawn.meta.notes
+
+
+def test_the_split_of_mgca_is_recomputed_and_its_sharing_counted(synthetic, tmp_path):
+    made = covidx.read(synthetic, tmp_path / "m", options=covidx.Options(split="mgca"))
+    lines = (synthetic / "train_COVIDx9A.txt").read_text().splitlines()
+    train, validate = train_test_split(lines, train_size=0.8, random_state=0)
+    want = {f"train/{covidx.parse_line(line)[1]}": "train" for line in train}
+    want |= {f"train/{covidx.parse_line(line)[1]}": "validate" for line in validate}
+    got = dict(zip(made.keys, made.splits(), strict=True))
+    assert {key: split for key, split in got.items() if split != "test"} == {
+        key: split for key, split in want.items() if key in got
+    }
+    known = {covidx.parse_line(line)[0] for line in train}
+    shared = [line for line in validate if covidx.parse_line(line)[0] in known]
+    patients = len({covidx.parse_line(line)[0] for line in shared})
+    assert patients > 5
+    assert (
+        f"The split is MGCA's, by image: {patients} patients are in train and validation, with "
+        f"{len(shared) / len(validate):.1%} of the validation images."
+    ) in made.meta.notes
+    assert made.images["subject_id"].to_pylist() == made.keys
+    assert "not comparable with the published one" in made.meta.policies["split"]
+    assert covidx.NOTE_VALIDATE not in made.meta.notes
+
+
+def test_the_split_of_mgca_must_meet_its_hashes_where_the_lists_are_whole(tree, monkeypatch):
+    pretend_published(monkeypatch)
+    message = refused(tree, "split=mgca")
+    assert "otherwise than published in train, validate, test" in message
+    assert "--set split=ours" in message
+    train, validate = train_test_split(TRAIN.splitlines(), train_size=0.8, random_state=0)
+    for name, lines in (("train", train), ("validate", validate), ("test", TEST.splitlines())):
+        files = "".join(f"{covidx.parse_line(line)[1]}\n" for line in lines)
+        digest = hashlib.sha256(files.encode()).hexdigest()[:16]
+        monkeypatch.setitem(published.HASHES, name, digest)
+    assert (
+        "equal to the published one by its hashes"
+        in read(tree, "split=mgca").meta.policies["split"]
+    )

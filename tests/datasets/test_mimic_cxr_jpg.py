@@ -20,8 +20,8 @@ NO_TEXT = {"no report file", "comparison only", "report without images"}
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
-    return synthesize("mimic-cxr-jpg", tmp_path_factory.mktemp("synth") / "tree").path
+def original(mimic_cxr_jpg_tree) -> Path:
+    return mimic_cxr_jpg_tree
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,18 @@ def test_labels_are_the_studys_with_null_for_not_mentioned(tree, truth):
 def test_other_labeller_and_none(tree, manifest):
     assert read_tree(tree, labels="negbio").meta.hash != manifest.meta.hash
     assert read_tree(tree, labels="none").label_names == []
+
+
+def test_the_radiologists_labels_are_those_of_the_test_split(tree, truth):
+    made = read_tree(tree, labels="radiologist")
+    read = 0
+    for row in made.images.to_pylist():
+        said = truth["studies"][row["study_id"]]["said"]
+        found = {name: row[f"label:{name}"] for name in LABELS if name != "No Finding"}
+        is_test = row["split"] == "test"
+        assert found == {name: said.get(name) if is_test else None for name in found}
+        read += is_test
+    assert read > 5
 
 
 def test_text_is_impression_then_findings_in_one_line(manifest, truth):
@@ -334,7 +346,7 @@ def test_synthetic_tree_is_marked_and_a_real_one_carries_its_terms(tree, manifes
     real = read_tree(tree)
     assert not real.meta.synthetic
     assert "credentialed" in real.meta.notes[0]
-    assert "lists 102 of the 377,110 published images" in capsys.readouterr().err
+    assert "102 of 377,110 images" in capsys.readouterr().err
 
 
 def test_study_with_a_published_exception_uses_its_rule(tree, truth):

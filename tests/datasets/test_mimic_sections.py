@@ -2,6 +2,7 @@
 
 import pytest
 
+from featcache.datasets.mimic.fixed import split_fixed
 from featcache.datasets.mimic.sections import (
     RANGE_OF_STUDY,
     SECTION_OF_STUDY,
@@ -219,3 +220,55 @@ def test_lines_are_kept_for_whoever_cuts_sentences():
     assert found == ("No\n PNA\n \n\n1. Clear  _.\n 2. Normal.", "impression and findings")
     missing = ReportSections(findings=" Clear.\n")
     assert default_text(missing, deidentified="_", last_paragraph=True, lines=True)[0] == "Clear."
+
+
+def fixed(text: str) -> dict[str, str]:
+    return {section.name: section.text.strip() for section in split_fixed(text)}
+
+
+@pytest.mark.parametrize(
+    ("text", "official", "ours"),
+    [
+        (
+            " FINDINGS:\n IMPRESSION: Clear.\n",
+            {"findings": "IMPRESSION: Clear."},
+            {"impression": "Clear."},
+        ),
+        (
+            "\n Findings: \n Clear.\n \n Impression: Normal.",
+            {},
+            {"findings": "Clear.", "impression": "Normal."},
+        ),
+        ("\n CHEST, 2 VIEWS: Clear.", {}, {"findings": "Clear."}),
+        ("\n IMPRESSION:Clear.", {}, {"impression": "Clear."}),
+        ("FINDINGS: Clear.", {}, {"findings": "Clear."}),
+        ("\n NDICATION: Cough.", {"impression": "Cough."}, {}),
+        (
+            "\n FINDINGS: Clear. IMPRESSION: Normal.",
+            {"findings": "Clear. IMPRESSION: Normal."},
+            {"findings": "Clear.", "impression": "Normal."},
+        ),
+        # What looks like a header and is none stays text under both.
+        (
+            "\n FINDINGS: At\n 3:10 p.m.\n T12: fracture.\n Note: seen.",
+            {"findings": "At\n 3:10 p.m.\n T12: fracture.\n Note: seen."},
+            {"findings": "At\n 3:10 p.m.\n T12: fracture.\n Note: seen."},
+        ),
+        (
+            "\n FINDINGS: Seen.\n CALLED AT 3:10 p.m.",
+            {"findings": "Seen.\n CALLED AT 3:10 p.m."},
+            {"findings": "Seen.\n CALLED AT 3:10 p.m."},
+        ),
+        (
+            "\n IMPRESSION: One.\n \n ADDENDUM \n \n IMPRESSION: Two.",
+            {"impression": "Two."},
+            {"impression": "Two."},
+        ),
+    ],
+)
+def test_fixed_rules_lose_less_than_the_official_ones(text, official, ours):
+    wanted = ("impression", "findings")
+    text = text if text.startswith(("\n", "F")) else "\n" + text
+    found = {s.name: s.text.strip() for s in split_sections(text) if s.name in wanted}
+    assert found == official
+    assert {k: v for k, v in fixed(text).items() if k in wanted} == ours

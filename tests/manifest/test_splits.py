@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featcache.errors import UsageError
-from featcache.manifest.splits import label_fraction, list_hash, main_class, split_by_subject
+from featcache.manifest.splits import (
+    label_fraction,
+    label_shots,
+    list_hash,
+    main_class,
+    split_by_subject,
+)
 
 SUBJECTS = st.lists(st.text("abcdefgh0123", min_size=1, max_size=4), min_size=1, max_size=60)
 
@@ -185,3 +191,43 @@ def test_places_are_the_same_on_every_machine():
     assert letters == "errrerreraea"  # tRain, vAlidate, tEst
     chosen = label_fraction(subjects, subjects, list("ab" * 6), fraction=0.5, seed=0)
     assert list_hash(chosen) == "50ade49d7d76b6e5"
+
+
+def shot_rows():
+    """30 patients with 2 images of one class each; a class of three images of one patient."""
+    keys = [f"k{i:02d}" for i in range(63)]
+    subjects = [f"p{i // 2}" for i in range(60)] + ["last"] * 3
+    labels = [("a", "b")[i // 2 % 2] for i in range(60)] + ["rare"] * 3
+    return keys, subjects, labels
+
+
+@pytest.mark.parametrize("shots", [1, 4, 15])
+def test_shots_take_as_many_of_each_class_from_different_patients(shots):
+    keys, subjects, labels = shot_rows()
+    chosen = label_shots(keys, subjects, labels, shots=shots, seed=0)
+    assert chosen == sorted(chosen)
+    numbers = [keys.index(key) for key in chosen]
+    for name in ("a", "b"):
+        own = [subjects[i] for i in numbers if labels[i] == name]
+        assert len(own) == len(set(own)) == shots
+    assert sum(labels[i] == "rare" for i in numbers) == min(shots, 3)
+
+
+def test_more_shots_than_patients_take_their_second_images():
+    keys, subjects, labels = shot_rows()
+    chosen = label_shots(keys, subjects, labels, shots=20, seed=0)
+    own = [subjects[keys.index(key)] for key in chosen if labels[keys.index(key)] == "a"]
+    assert (len(own), len(set(own))) == (20, 15)
+
+
+def test_fewer_shots_lie_inside_more_and_rows_have_no_say():
+    keys, subjects, labels = shot_rows()
+    few = label_shots(keys, subjects, labels, shots=2, seed=3)
+    assert set(few) < set(label_shots(keys, subjects, labels, shots=5, seed=3))
+    assert few == label_shots(keys[::-1], subjects[::-1], labels[::-1], shots=2, seed=3)
+    assert few != label_shots(keys, subjects, labels, shots=2, seed=4)
+
+
+def test_no_shot_is_refused():
+    with pytest.raises(UsageError, match="at least one image of each class"):
+        label_shots(["k"], ["p"], ["a"], shots=0, seed=0)

@@ -88,11 +88,6 @@ def test_the_unit_is_recorded_and_part_of_the_hash(tmp_path):
     assert whole.to_json()["sentences"] is None
 
 
-def test_tables_must_say_what_sentences_do_to_negatives(tmp_path):
-    assert units.SENTENCE_NOTE in write(tmp_path / "cut").meta.notes
-    assert units.SENTENCE_NOTE not in write(tmp_path / "whole", unit="report").meta.notes
-
-
 def test_the_summary_counts_sentences_per_report(tmp_path):
     manifest = write(tmp_path / "m")
     counts = manifest.to_json()["sentences"]

@@ -19,8 +19,8 @@ CLASSES = ("normal", "pneumonia", "COVID-19")
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
-    return synthesize("covidx", tmp_path_factory.mktemp("synth") / "tree").path
+def tree(covidx_tree) -> Path:
+    return covidx_tree
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,11 @@ from featcache.synth.mimic_plan import (
     Size,
     plan,
 )
-from featcache.synth.registry import synthesize
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
-    return synthesize("mimic-cxr-jpg", tmp_path_factory.mktemp("synth") / "tree").path
+def tree(mimic_cxr_jpg_tree) -> Path:
+    return mimic_cxr_jpg_tree
 
 
 @pytest.fixture(scope="module")

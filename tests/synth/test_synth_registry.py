@@ -1,15 +1,19 @@
 """Synthetic trees as a whole: the same bytes for the same arguments, and nothing overwritten."""
 
 import hashlib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from featcache.config import read_json
+from featcache.datasets.registry import make_manifest
 from featcache.errors import UsageError
 from featcache.manifest.tree import is_synthetic
 from featcache.synth.registry import DATASETS, SynthResult, stand_in, synthesize
 from featcache.workspace import Workspace
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm")
 
 
 def hashes(root: Path) -> dict[str, str]:
@@ -20,53 +24,67 @@ def hashes(root: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("dataset", list(DATASETS))
-def test_equal_seeds_give_equal_bytes_and_others_do_not(dataset, tmp_path):
-    first = synthesize(dataset, tmp_path / "a" / "tree")
-    second = synthesize(dataset, tmp_path / "b" / "tree")
-    other = synthesize(dataset, tmp_path / "c" / "tree", seed=1)
-    assert hashes(first.path) == hashes(second.path)
-    assert first.truth.read_bytes() == second.truth.read_bytes()
-    mine, theirs = hashes(first.path), hashes(other.path)
-    pictures = {name for name in mine if name.lower().endswith(("jpg", "jpeg", "png"))}
+@pytest.fixture(scope="module", params=DATASETS)
+def made(request, tmp_path_factory) -> SynthResult:
+    return synthesize(request.param, tmp_path_factory.mktemp("synth") / "tree")
+
+
+def test_equal_seeds_give_equal_bytes_and_others_do_not(made, tmp_path):
+    second = synthesize(made.dataset, tmp_path / "b" / "tree")
+    other = synthesize(made.dataset, tmp_path / "c" / "tree", seed=1)
+    assert hashes(made.path) == hashes(second.path)
+    assert made.truth.read_bytes() == second.truth.read_bytes()
+    mine, theirs = hashes(made.path), hashes(other.path)
+    pictures = {name for name in mine if name.lower().endswith(SUFFIXES)}
+    assert pictures
     assert not {mine[name] for name in pictures} & set(theirs.values()) - {
         hashlib.sha256(b"").hexdigest(),
-        next((mine[n] for n in pictures if b"<html>" in (first.path / n).read_bytes()), ""),
+        next((mine[n] for n in pictures if b"<html>" in (made.path / n).read_bytes()), ""),
     }
 
 
-@pytest.mark.parametrize("dataset", list(DATASETS))
-def test_tree_is_marked_and_its_truth_lies_outside(dataset, tmp_path):
-    result = synthesize(dataset, tmp_path / "tree")
-    assert is_synthetic(result.path)
-    assert result.truth == tmp_path / "tree.truth.json"
-    assert not list(result.path.rglob("*truth*"))
-    truth = read_json(result.truth)
-    assert (truth["num_images"], truth["num_studies"]) == (result.images, result.studies)
-    suffixes = (".jpg", ".jpeg", ".png")
-    files = [p for p in result.path.rglob("*") if p.suffix.lower() in suffixes]
-    assert len(files) == result.images
+def test_tree_is_marked_and_its_truth_lies_outside(made):
+    assert is_synthetic(made.path)
+    assert made.truth == made.path.with_name("tree.truth.json")
+    assert not list(made.path.rglob("*truth*"))
+    truth = read_json(made.truth)
+    assert (truth["num_images"], truth["num_studies"]) == (made.images, made.studies)
+    files = [p for p in made.path.rglob("*") if p.suffix.lower() in SUFFIXES]
+    assert len(files) == made.images
+
+
+def test_every_set_has_a_module_of_its_own_with_its_switches():
+    for dataset in DATASETS:
+        module = import_module(f"featcache.synth.{dataset.replace('-', '_')}")
+        assert isinstance(module.SWITCHES, tuple)
+        assert module.write.__module__ == module.__name__
+
+
+def test_every_set_can_be_read_as_it_is(made, tmp_path):
+    manifest = make_manifest(Workspace.open(tmp_path), made.dataset, made.path)
+    assert manifest.meta.synthetic
+    assert manifest.keys
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory) -> SynthResult:
-    return synthesize("covidx", tmp_path_factory.mktemp("synth") / "tree")
+    return synthesize("nih", tmp_path_factory.mktemp("synth") / "tree")
 
 
 def test_equal_tree_is_kept_untouched(first):
     before = (first.path / "SYNTHETIC.txt").stat().st_mtime_ns
-    again = synthesize("covidx", first.path)
+    again = synthesize("nih", first.path)
     assert (first.is_new, again.is_new) == (True, False)
     assert again._replace(is_new=True) == first
     assert (first.path / "SYNTHETIC.txt").stat().st_mtime_ns == before
     with pytest.raises(UsageError, match="already holds a synthetic tree that was made otherwise"):
-        synthesize("covidx", first.path, seed=1)
+        synthesize("nih", first.path, seed=1)
 
 
 def test_foreign_folder_is_never_touched(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UsageError, match="already holds something else"):
-        synthesize("covidx", tmp_path)
+        synthesize("nih", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -75,7 +93,7 @@ def test_remains_of_a_stopped_run_are_replaced(tmp_path):
     partial.mkdir()
     (partial / "SYNTHETIC.txt").write_text("half")
     (partial / "left.png").write_text("half")
-    result = synthesize("covidx", tmp_path / "tree")
+    result = synthesize("nih", tmp_path / "tree")
     assert not partial.exists()
     assert not (result.path / "left.png").exists()
 
@@ -83,7 +101,7 @@ def test_remains_of_a_stopped_run_are_replaced(tmp_path):
 def test_foreign_folder_of_the_partial_name_is_an_error(tmp_path):
     (tmp_path / "tree.partial").mkdir()
     with pytest.raises(UsageError, match="the folder cannot be made: File exists"):
-        synthesize("covidx", tmp_path / "tree")
+        synthesize("nih", tmp_path / "tree")
 
 
 @pytest.mark.parametrize(
@@ -106,10 +124,10 @@ def test_unknown_names(arguments, message, tmp_path):
 
 def test_result_speaks_to_people_and_to_programs(first):
     assert first.to_json()["path"] == str(first.path)
-    assert first.to_text().endswith(f"next: featcache manifest covidx {first.path}")
+    assert first.to_text().endswith(f"next: featcache manifest nih {first.path}")
 
 
 def test_stand_in_lies_in_the_workspace(tmp_path):
-    path = stand_in(Workspace.open(tmp_path / "work"), "covidx")
-    assert path == tmp_path / "work" / "synthetic" / "covidx"
-    assert stand_in(Workspace.open(tmp_path / "work"), "covidx") == path
+    path = stand_in(Workspace.open(tmp_path / "work"), "nih")
+    assert path == tmp_path / "work" / "synthetic" / "nih"
+    assert stand_in(Workspace.open(tmp_path / "work"), "nih") == path

@@ -15,6 +15,7 @@ names and the 54 exceptions are its facts; the code is ours.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -167,9 +168,20 @@ def split_sections(text: str) -> list[Section]:
         stop = len(text) if following is None else following.start()
         sections.append(Section(normal_name(header.group(1)), text[start:stop], start))
         header = following
+    return close_sections(sections)
+
+
+def is_known_spelling(header: str) -> bool:
+    """Whether the words before a colon are one of the published spellings of a section's name."""
+    name = header.lower().strip()
+    return name in _EXACT or name in ("technique", "addendum")
+
+
+def close_sections(sections: list[Section]) -> list[Section]:
+    """Leave out empty impressions and findings; cut the last paragraph where neither is left."""
     wanted = ("impression", "findings")
     sections = [s for s in sections if s.name not in wanted or s.text.strip()]
-    if not any(s.name in wanted for s in sections):
+    if sections and not any(s.name in wanted for s in sections):
         sections[-1:] = _cut_last_paragraph(sections[-1])
     return sections
 
@@ -186,12 +198,15 @@ def _cut_last_paragraph(section: Section) -> list[Section]:
     ]
 
 
-def read_sections(text: str, study_id: str) -> ReportSections:
+def read_sections(
+    text: str, study_id: str, split: Callable[[str], list[Section]] = split_sections
+) -> ReportSections:
     """What the published rules make of one report.
 
     Args:
         text: The report, with universal newlines already applied.
         study_id: Eight digits; 54 of them have a rule of their own.
+        split: Cuts a report into its sections.
 
     Returns:
         The sections that carry text. For one of the 54 studies only `exception` is set: the
@@ -200,7 +215,7 @@ def read_sections(text: str, study_id: str) -> ReportSections:
     if study_id in RANGE_OF_STUDY:
         start, stop = RANGE_OF_STUDY[study_id]
         return ReportSections(exception=text[start:stop])
-    last = {section.name: section.text.strip() for section in split_sections(text)}
+    last = {section.name: section.text.strip() for section in split(text)}
     if study_id in SECTION_OF_STUDY:
         return ReportSections(exception=last.get(SECTION_OF_STUDY[study_id], ""))
     names = ("impression", "findings", "last_paragraph", "comparison")

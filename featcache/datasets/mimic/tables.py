@@ -39,6 +39,14 @@ _PATTERNS = {
 _LABEL_CELLS = {"1.0": 1, "1": 1, "0.0": 0, "0": 0, "-1.0": -1, "-1": -1}
 
 
+# What `labels` may be, and the table of each.
+LABEL_TABLES = {
+    "chexpert": "chexpert",
+    "negbio": "negbio",
+    "radiologist": "test-set-labeled",
+}
+
+
 def find_table(folder: Path, kind: str) -> Path:
     """A published table, packed or unpacked; the newest version where several lie there."""
     for ending in (".csv.gz", ".csv"):
@@ -46,15 +54,38 @@ def find_table(folder: Path, kind: str) -> Path:
         if found:
             return found[-1]
     fix = "pass the folder of MIMIC-CXR-JPG that holds its tables"
-    if kind in ("chexpert", "negbio"):
+    if kind in LABEL_TABLES.values():
         fix += ", or --set labels=none"
     raise ManifestError(
         f"the table mimic-cxr-*-{kind}.csv.gz (or .csv) is missing", where=folder, fix=fix
     )
 
 
-def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of a table as text without blanks around it; the rest is not even parsed."""
+def find_list(folder: Path, name: str) -> Path | None:
+    """A list of MIMIC-CXR (`cxr-record-list`), packed or unpacked; None where it is missing.
+
+    Args:
+        folder: The project's folder, or the one above an unpacked `mimic-cxr-reports`.
+        name: Of the file, without its ending.
+    """
+    for place in (folder, folder / "mimic-cxr-reports"):
+        for ending in (".csv.gz", ".csv"):
+            if (place / f"{name}{ending}").is_file():
+                return place / f"{name}{ending}"
+    return None
+
+
+def read_table(path: Path, columns: Sequence[str], *, optional: Sequence[str] = ()) -> pa.Table:
+    """Columns of a table as text without blanks around it; the rest is not even parsed.
+
+    Args:
+        path: CSV, perhaps gzipped.
+        columns: Must be there, by whatever case.
+        optional: May be there.
+
+    Raises:
+        ManifestError: It is damaged, or a column is missing.
+    """
     opened = gzip.open if path.suffix == ".gz" else open
     damaged = ManifestError("the table cannot be read: it is cut off or damaged", where=path)
     try:
@@ -68,6 +99,7 @@ def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
         names = ", ".join(f"`{name}`" for name in missing)
         seen = nearest(missing[0], [name.strip() for name in header])
         raise ManifestError(f"the table has no column {names}; {seen}", where=path)
+    columns = [*columns, *(name for name in optional if name.casefold() in actual)]
     wanted = [actual[name.casefold()] for name in columns]
     try:
         table = pacsv.read_csv(
@@ -126,11 +158,22 @@ def distinct(table: pa.Table, by: str, same: Sequence[str], path: Path) -> pa.Ta
 
 
 def read_labels(folder: Path, kind: str) -> pa.Table | None:
-    """A labeller's table: `study_id` and an int8 column for each label."""
+    """A labeller's table: `study_id` and an int8 column for each label.
+
+    Args:
+        folder: Holds the table.
+        kind: A key of `LABEL_TABLES`, or `none`.
+
+    Returns:
+        None for `none`. The table of the radiologist knows studies of the test split alone.
+    """
     if kind == "none":
         return None
-    path = find_table(folder, kind)
-    table = read_table(path, ["study_id", *LABELS])
+    path = find_table(folder, LABEL_TABLES[kind])
+    # The radiologist's table calls one of them otherwise.
+    other = {"Lung Opacity": "Airspace Opacity"} if kind == "radiologist" else {}
+    table = read_table(path, ["study_id", *(other.get(name, name) for name in LABELS)])
+    table = table.rename_columns(["study_id", *LABELS])
     check_ids(table, path)
     columns, problems = {"study_id": table["study_id"]}, []
     cells = pa.array([*_LABEL_CELLS, ""])

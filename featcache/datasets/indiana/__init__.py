@@ -1,0 +1,1 @@
+"""What the reader of Open-I is made of."""
