@@ -5,7 +5,7 @@ PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN    := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint docs finetune-covidx encoder-grid compare-objectives clean
+.PHONY: help install demo test test-slow lint docs finetune-covidx finetune-rsna finetune-chexpert segment-rsna segment-siim segment-lungs encoder-grid compare-objectives clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*##/\t/' | expand -t 18
@@ -43,6 +43,21 @@ docs: $(VENV)/.dev  ## write docs/cli.md anew from the program
 
 finetune-covidx: $(VENV)/.demo  ## linear probes on COVIDx: COVIDX=/path, else a synthetic stand-in
 	@$(RUN) COVIDX="$(COVIDX)" sh pipelines/finetune-covidx.sh
+
+finetune-rsna: $(VENV)/.demo  ## linear probes and zero-shot on RSNA: RSNA=/path, else a stand-in
+	@$(RUN) RSNA="$(RSNA)" sh pipelines/finetune-rsna.sh
+
+finetune-chexpert: $(VENV)/.demo  ## 14 findings of CheXpert: CHEXPERT=/path, else a stand-in
+	@$(RUN) CHEXPERT="$(CHEXPERT)" sh pipelines/finetune-chexpert.sh
+
+segment-rsna: $(VENV)/.demo  ## masks of lung opacity on RSNA: RSNA=/path, else a stand-in
+	@$(RUN) RSNA="$(RSNA)" DECODER="$(DECODER)" sh pipelines/segment-rsna.sh
+
+segment-siim: $(VENV)/.demo  ## masks of pneumothorax on SIIM-ACR: SIIM=/path, else a stand-in
+	@$(RUN) SIIM="$(SIIM)" DECODER="$(DECODER)" sh pipelines/segment-siim.sh
+
+segment-lungs: $(VENV)/.demo  ## the lungs in the embedded radiographs, from the demo's tokens
+	@$(RUN) DECODER="$(DECODER)" sh pipelines/segment-lungs.sh
 
 encoder-grid: $(VENV)/.demo  ## an Adaptor for every pair of image and text features, in one table
 	@$(RUN) sh pipelines/encoder-grid.sh

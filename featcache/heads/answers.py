@@ -9,6 +9,7 @@ from pydantic import JsonValue
 
 from featcache.heads import scores
 from featcache.heads.labels import LabelledImages
+from featcache.heads.mlp import Mlps, Schedule, train_mlps
 from featcache.heads.probe import Probes, train_probes
 from featcache.heads.table import DIGITS
 
@@ -34,19 +35,94 @@ def no_answers(reason: str, num_classes: int) -> Answers:
     return Answers(np.zeros((0, 0, num_classes)), remark=reason)
 
 
+@dataclass(frozen=True)
+class ProbeGrid:
+    """Which heads are trained, and how one is chosen.
+
+    Attributes:
+        decays: Weight decays, ascending.
+        seeds: Seeds of the first weights.
+        select_by: Figure of `scores.METRICS` that chooses on validate; of findings, `auroc`.
+        tolerance: Of linear probes, see `train_probes`.
+        max_steps: See `train_probes`.
+        rates: Learning rates of MLP heads; empty: linear probes, which have none.
+        schedule: Size and length of MLP heads.
+    """
+
+    decays: Sequence[float]
+    seeds: Sequence[int]
+    select_by: str = "auroc"
+    tolerance: float = 1e-5
+    max_steps: int = 1000
+    rates: Sequence[float] = ()
+    schedule: Schedule = field(default_factory=Schedule)
+
+    @property
+    def settings(self) -> list[tuple[float, float]]:
+        """Learning rate and weight decay of each, in the order in which heads are numbered."""
+        return [(rate, decay) for rate in self.rates or (0.0,) for decay in self.decays]
+
+    def train(
+        self,
+        labelled: LabelledImages,
+        members: Sequence[Int64[np.ndarray, " _"]],
+        vectors: Float32[np.ndarray, "N F"],
+    ) -> Probes | Mlps:
+        """All heads of all subsets, in one pass.
+
+        Args:
+            labelled: All labelled images.
+            members: Numbers of the images of each training subset.
+            vectors: One per labelled image.
+        """
+        if self.rates:
+            return train_mlps(
+                vectors,
+                labelled.targets,
+                members,
+                num_classes=len(labelled.classes),
+                settings=self.settings,
+                seeds=self.seeds,
+                schedule=self.schedule,
+            )
+        return train_probes(
+            vectors,
+            labelled.targets,
+            members,
+            num_classes=len(labelled.classes),
+            decays=self.decays,
+            seeds=self.seeds,
+            tolerance=self.tolerance,
+            max_steps=self.max_steps,
+        )
+
+
 def majority_answers(
     labelled: LabelledImages, members: Sequence[Int64[np.ndarray, " _"]]
 ) -> Answers:
     """Always the most frequent class of the training subset, the first of equals.
 
+    Of findings: for every image the share of the subset's images that have them.
+
     Args:
         labelled: All labelled images.
         members: Numbers of the images of each training subset.
     """
+    if labelled.of_findings:
+        rates = np.stack([_finding_rates(labelled.targets[some]) for some in members])  # R T
+        return Answers(np.repeat(rates[:, None], len(labelled.of("test")), axis=1))
     num_classes = len(labelled.classes)
     counts = [np.bincount(labelled.targets[some], minlength=num_classes) for some in members]
     hits = np.eye(num_classes)[[int(count.argmax()) for count in counts]]  # R C
     return Answers(np.repeat(hits[:, None], len(labelled.of("test")), axis=1))
+
+
+def _finding_rates(targets: Int64[np.ndarray, "n T"]) -> Float64[np.ndarray, " T"]:
+    """Share of the images where each finding is known that have it; 0.5 where none is."""
+    known = (targets >= 0).sum(axis=0)
+    rates = np.full(targets.shape[1], 0.5)
+    np.divide((targets == 1).sum(axis=0), known, out=rates, where=known > 0)
+    return rates
 
 
 def source_answers(labelled: LabelledImages, members: Sequence[Int64[np.ndarray, " _"]]) -> Answers:
@@ -64,81 +140,102 @@ def source_answers(labelled: LabelledImages, members: Sequence[Int64[np.ndarray,
     test = labelled.of("test")
     runs = []
     for some in members:
-        table = np.zeros((len(names), len(labelled.classes)))
-        np.add.at(table, (source_of[some], labelled.targets[some]), 1.0)
-        table[table.sum(axis=1) == 0] = table.sum(axis=0)
-        runs.append((table / table.sum(axis=1, keepdims=True))[source_of[test]])
+        table = np.stack(
+            [_frequencies(labelled, some[source_of[some] == n], some) for n in range(len(names))]
+        )
+        runs.append(table[source_of[test]])
     return Answers(np.stack(runs), remark="knows an image's source, sees no pixel")
+
+
+def _frequencies(
+    labelled: LabelledImages, own: Int64[np.ndarray, " _"], whole: Int64[np.ndarray, " _"]
+) -> Float64[np.ndarray, " C"]:
+    """How common the classes are in some images; in the whole subset where there is none."""
+    some = own if len(own) else whole
+    if labelled.of_findings:
+        return _finding_rates(labelled.targets[some])
+    counts = np.bincount(labelled.targets[some], minlength=len(labelled.classes))
+    return np.asarray(counts / len(some), dtype=np.float64)
 
 
 def probe_answers(
     labelled: LabelledImages,
     members: Sequence[Int64[np.ndarray, " _"]],
-    inputs: Float32[np.ndarray, "N F"],
-    *,
-    decays: Sequence[float],
-    seeds: Sequence[int],
-    select_by: str,
-    tolerance: float,
-    max_steps: int,
+    inputs: Mapping[str, Float32[np.ndarray, "N _"]],
+    grid: ProbeGrid,
 ) -> Answers:
-    """Train a probe for every subset, decay and seed at once; validation chooses the decay.
+    """Train a head for every subset, setting, seed and pooling at once; validation chooses.
+
+    For each subset one pooling and setting is taken for all its seeds, by the mean over them, the
+    first of equals: poolings in their order, then learning rates, then the smaller decay.
 
     Args:
         labelled: All labelled images.
         members: Numbers of the images of each training subset.
-        inputs: Vector of each labelled image.
-        decays: Weight decays, ascending.
-        seeds: Seeds of the first weights.
-        select_by: Figure of `scores.METRICS` that chooses for each subset, as the mean over its
-            seeds; the smaller decay of equals.
-        tolerance: See `train_probes`.
-        max_steps: See `train_probes`.
+        inputs: Vectors of all labelled images, by pooling.
+        grid: What is trained.
     """
-    probes = train_probes(
-        inputs,
-        labelled.targets,
-        members,
-        num_classes=len(labelled.classes),
-        decays=decays,
-        seeds=seeds,
-        tolerance=tolerance,
-        max_steps=max_steps,
-    )
+    trained = {name: grid.train(labelled, members, given) for name, given in inputs.items()}
     validate = labelled.of("validate")
-    figures = _figures(probes, inputs[validate], labelled.targets[validate], select_by)
-    grid = figures.reshape(len(members), len(decays), len(seeds))
-    # One decay for all seeds of a subset: else a difference in the last digits between seeds
+    shape = (len(members), len(grid.settings), len(grid.seeds))
+    tables = [
+        _figures(trained[name], given[validate], labelled.targets[validate], grid.select_by)
+        for name, given in inputs.items()
+    ]
+    figures = np.concatenate([table.reshape(shape) for table in tables], axis=1)  # S G seeds
+    # One choice for all seeds of a subset: else a difference in the last digits between seeds
     # chooses between near-equal decays, and that is all the seeds' spread would show.
-    best = np.round(grid.mean(axis=2), DIGITS).argmax(axis=1)
-    numbers = np.arange(len(figures)).reshape(grid.shape)
-    chosen = numbers[np.arange(len(members)), best].flatten()
-    late = int((~probes.converged[chosen]).sum())
+    best = np.round(figures.mean(axis=2), DIGITS).argmax(axis=1)
+    names, numbers = list(inputs), np.arange(len(tables[0])).reshape(shape)
+    test, chosen = labelled.of("test"), []
+    for subset, place in enumerate(best.tolist()):
+        name, setting = names[place // shape[1]], place % shape[1]
+        chosen.append((name, numbers[subset, setting].tolist()))
+    runs = [trained[name].probabilities(inputs[name][test], some) for name, some in chosen]
+    picked = figures[np.arange(len(members)), best].flatten()
     details: dict[str, JsonValue] = {
-        "width": inputs.shape[1],
-        "configurations_tried": len(figures),
-        "converged": probes.converged[chosen].tolist(),
-        "steps": probes.steps[chosen].tolist(),
-        "weight_decays": probes.decay[chosen].tolist(),
-        "validation": np.round(figures[chosen], DIGITS).tolist(),
+        "width": max(given.shape[1] for given in inputs.values()),
+        "configurations_tried": int(figures.size),
+        "poolings": [name for name, some in chosen for _ in some],
+        "validation": np.round(picked, DIGITS).tolist(),
+        **_training_facts([(trained[name], some) for name, some in chosen]),
     }
-    remark = f"{late} of {len(chosen)} probes not converged" if late else ""
-    return Answers(
-        probes.probabilities(inputs[labelled.of("test")], chosen.tolist()), details, remark
+    late = sum(
+        int((~heads.converged[some]).sum())
+        for heads, some in ((trained[name], some) for name, some in chosen)
+        if isinstance(heads, Probes)
     )
+    remark = f"{late} of {len(picked)} probes not converged" if late else ""
+    return Answers(np.concatenate(runs), details, remark)
+
+
+def _training_facts(chosen: Sequence[tuple[Probes | Mlps, list[int]]]) -> dict[str, JsonValue]:
+    """How the chosen heads were trained, run by run."""
+    facts: dict[str, JsonValue] = {
+        "steps": [int(heads.steps[n]) for heads, some in chosen for n in some],
+        "weight_decays": [float(heads.decay[n]) for heads, some in chosen for n in some],
+    }
+    converged: list[JsonValue] = []
+    rates: list[JsonValue] = []
+    for heads, some in chosen:
+        if isinstance(heads, Probes):
+            converged += [bool(heads.converged[n]) for n in some]
+        else:
+            rates += [float(heads.rate[n]) for n in some]
+    return facts | ({"learning_rates": rates} if rates else {"converged": converged})
 
 
 def _figures(
-    probes: Probes,
+    heads: Probes | Mlps,
     inputs: Float32[np.ndarray, "n F"],
-    targets: Int64[np.ndarray, " n"],
+    targets: Int64[np.ndarray, " n"] | Int64[np.ndarray, "n T"],
     select_by: str,
 ) -> Float64[np.ndarray, " K"]:
-    """The figure that chooses, of every probe."""
+    """The figure that chooses, of every head."""
     even = np.ones((1, len(targets)))
-    column = scores.METRICS.index(select_by)
+    column = 0 if targets.ndim == 2 else scores.METRICS.index(select_by)
     figures = [
-        scores.weighted_scores(probes.probabilities(inputs, [number])[0], targets, even)[0, column]
-        for number in range(len(probes.subset))
+        scores.weighted_figures(heads.probabilities(inputs, [number])[0], targets, even)[0, column]
+        for number in range(len(heads.subset))
     ]
     return np.array(figures)

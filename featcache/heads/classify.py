@@ -1,69 +1,47 @@
-"""Linear probes on cached features, beside the rows that any such result must be read against."""
+"""Probes on cached features, beside the rows that any such result must be read against."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
-from pydantic import Field, JsonValue, PositiveFloat, PositiveInt
+from pydantic import JsonValue
 
 from featcache import __version__
 from featcache.adaptor.saved import TrainedAdaptor, load_adaptor
 from featcache.cache.reader import FeatureSet
-from featcache.config import Config, to_plain
+from featcache.config import to_plain
 from featcache.console import note
 from featcache.device import resolve_device
-from featcache.errors import FeatcacheError, ManifestError
-from featcache.heads import inputs, protocol, scores, vectors
+from featcache.errors import FeatcacheError
+from featcache.heads import classify_notes, inputs, protocol, scores, vectors
 from featcache.heads.answers import (
     Answers,
+    ProbeGrid,
     majority_answers,
     no_answers,
     probe_answers,
     source_answers,
 )
+from featcache.heads.classify_config import ProbeConfig, labels_of, refuse_blind_choice
 from featcache.heads.judge import Judge, Judgement
-from featcache.heads.labels import (
-    LabelledImages,
-    Subset,
-    labelled_images,
-    training_subsets,
-    write_subsets,
-)
+from featcache.heads.labels import LabelledImages, Subset, training_subsets, write_subsets
+from featcache.heads.mlp import Schedule
 from featcache.heads.protocol import Column, Results, Row, Table, TestGate
+from featcache.heads.published import published_notes, published_rows
 from featcache.manifest.table import Manifest, open_manifest
 from featcache.workspace import Workspace
+
+__all__ = ["ADAPTOR", "RAW", "ProbeConfig", "finetune", "finetune_workspace"]
 
 COLUMNS = tuple(Column(name, f"{scores.TITLES[name]} %") for name in scores.METRICS)
 MAJORITY, SOURCE, RANDOM = "majority class", "source only", "random encoder"
 RAW, ADAPTOR, DIFFERENCE = "raw backbone", "Adaptor", "Adaptor minus raw backbone"
 
-
-class ProbeConfig(Config):
-    """How linear probes are trained, chosen and measured."""
-
-    label: str = Field("class", description="Label column, without `label:`.")
-    fractions: tuple[PositiveFloat, ...] = Field(
-        (1, 10, 100), min_length=1, description="Shares of the training labels, in percent."
-    )
-    subsets: PositiveInt = Field(3, description="Subsets drawn of each share below 100 %.")
-    seeds: PositiveInt = Field(3, description="Probes per subset, from different first weights.")
-    weight_decays: tuple[PositiveFloat, ...] = Field(
-        (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0),
-        min_length=1,
-        description="Weight decays; validation chooses one for each subset.",
-    )
-    select_by: Literal["auroc", "accuracy", "balanced_accuracy"] = Field(
-        "auroc", description="Validation figure that chooses; ties go to the smaller decay."
-    )
-    random_encoder: bool = Field(True, description="Whether to compute the random encoder's row.")
-    draws: int = Field(1000, ge=100, description="Bootstrap draws of the test patients.")
-    tolerance: PositiveFloat = Field(1e-5, description="Largest gradient of a converged probe.")
-    max_steps: PositiveInt = Field(1000, description="Steps after which a probe is left as it is.")
-    batch_size: PositiveInt = Field(64, description="Images read at a time.")
-    seed: int = Field(0, ge=0, description="Seed of subsets, weights and bootstrap.")
+Vectors = Mapping[str, Float32[np.ndarray, "N _"]]
 
 
 def finetune(
@@ -76,10 +54,11 @@ def finetune(
     device: str = "auto",
     again: bool = False,
 ) -> Results:
-    """Train linear probes on frozen features at several shares of the labels, and measure them.
+    """Train probes on frozen features at several shares of the labels, and measure them.
 
     Every share has the rows majority class, source only (with several sources), random encoder,
-    raw backbone, Adaptor, and the paired difference of the last two. Everything is chosen on
+    raw backbone, Adaptor, the paired difference of the last two, and what papers report for the
+    data set. The cache is read once for all of them. Everything is chosen on
     `validate`; the answers of `test` are read once, through a gate that writes it down. Backbone
     and Adaptor stay frozen. The rules in words: docs/protocol.md.
 
@@ -102,8 +81,8 @@ def finetune(
     trained = None if run is None else load_adaptor(run, device=device)
     if trained is not None and run is not None:
         inputs.refuse_foreign(images, trained.image_fingerprint, run)
-    labelled = labelled_images(images, manifest, config.label)
-    _refuse_blind_choice(labelled, config)
+    labelled = labels_of(images, manifest, config)
+    refuse_blind_choice(labelled, config)
     study = _Study(images, manifest, trained, labelled, config, device)
     request = protocol.request_hash(study.facts())
     done = protocol.finished(out, request)
@@ -130,32 +109,74 @@ def _measure(study: "_Study", gate: TestGate, out: Path) -> Results:
         draws=config.draws,
         seed=config.seed,
     )
+    judged = {share: judge_all(answers[share], judge) for share in shares}
     rows = [
-        row for percent, some in shares.items() for row in study.rows(some, answers[percent], judge)
+        row
+        for share, some in shares.items()
+        for row in study.rows(some, answers[share], judged[share], judge)
     ]
+    if labelled.of_findings:
+        last = list(shares)[-1]
+        rows += study.finding_rows(shares[last], judged[last], judge)
     notes = [
         *manifest.meta.notes,
-        *_input_notes(study),
-        *_rule_notes(study, subsets, judge),
+        *classify_notes.about_inputs(study.images.spec, labelled, config),
+        *classify_notes.about_labels(manifest, labelled, config.names(manifest), config.policy),
+        *classify_notes.about_rules(config, labelled, judge),
+        *classify_notes.about_gaps(subsets, judge),
         *inputs.adaptor_notes(study.trained, manifest),
+        *published_notes("classify", manifest, label=config.label),
         gate.note(),
     ]
+    if study.trained is None:
+        notes.insert(-1, "No run was given, so there is no row of an Adaptor.")
+    asked = "findings" if config.findings else f"label `{config.label}`"
     table = Table(
-        title=f"Linear probes: {manifest.name}, label `{config.label}`, split test",
-        columns=COLUMNS,
+        title=f"{classify_notes.HEADS[config.head]}: {manifest.name}, {asked}, split test",
+        columns=study.columns,
         rows=tuple(rows),
         notes=tuple(notes),
         configurations=sum(int(row.details.get("configurations_tried", 0)) for row in rows),
     )
-    record = {
+    record: dict[str, Any] = {
         **study.facts(),
         "request": gate.request,
         "featcache": __version__,
         "classes": list(labelled.classes),
         "left_out": dict(labelled.left_out),
         "subsets": listed,
+        "differences": [
+            {"labels": shares[share][0].title, **one}
+            for share in shares
+            for one in differences(judged[share], judge)
+        ],
     }
     return protocol.save_results(out, table, record)
+
+
+def judge_all(answers: Mapping[str, Answers], judge: Judge) -> dict[str, Judgement]:
+    """Figures of every method that has answers.
+
+    Args:
+        answers: By method.
+        judge: Holds the test labels.
+    """
+    return {name: judge.judge(one) for name, one in answers.items() if len(one.probabilities)}
+
+
+def differences(judged: Mapping[str, Judgement], judge: Judge) -> Iterator[dict[str, JsonValue]]:
+    """Every method minus every one before it, on the same draws of patients.
+
+    Args:
+        judged: By method, the trivial ones first.
+        judge: Held them against the test labels.
+    """
+    for second, first in combinations(judged, 2):
+        found = judge.difference(judged[first], judged[second])
+        figures: dict[str, JsonValue] = {
+            name: one.to_plain() for name, one in found.figures.items()
+        }
+        yield {"first": first, "second": second, "figures": figures}
 
 
 @dataclass(frozen=True)
@@ -178,50 +199,74 @@ class _Study:
             "config": to_plain(self.config),
         }
 
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The figures of the table."""
+        return COLUMNS[-1:] if self.labelled.of_findings else COLUMNS
+
+    @property
+    def grid(self) -> ProbeGrid:
+        """Which heads are trained."""
+        config, is_mlp = self.config, self.config.head == "mlp"
+        return ProbeGrid(
+            decays=sorted(set(config.mlp_weight_decays if is_mlp else config.weight_decays)),
+            seeds=[config.seed + number for number in range(config.seeds)],
+            select_by=config.select_by,
+            tolerance=config.tolerance,
+            max_steps=config.max_steps,
+            rates=sorted(set(config.learning_rates)) if is_mlp else (),
+            schedule=Schedule(config.hidden, config.epochs, device=self.device),
+        )
+
     def subsets(self) -> dict[float, list[Subset]]:
-        """The training subsets of every share."""
+        """The training subsets of every share (of the shots)."""
         config = self.config
+        shares = sorted(set(config.fractions)) if config.shots is None else [config.shots]
         return {
-            percent: training_subsets(
-                self.labelled, percent, count=config.subsets, seed=config.seed
+            share: training_subsets(
+                self.labelled, share, count=config.subsets, seed=config.seed, shots=config.shots
             )
-            for percent in sorted(set(config.fractions))
+            for share in shares
         }
 
-    def inputs(self) -> dict[str, Float32[np.ndarray, "N F"] | str]:
-        """Vectors of all labelled images by method, or the reason why there are none."""
+    def inputs(self) -> dict[str, Vectors | str]:
+        """Vectors of all labelled images by method and pooling, or why there are none."""
         made = vectors.image_vectors(
             self.images,
             self.labelled.rows,
             self.trained,
+            poolings=self.config.poolings,
             device=self.device,
             batch_size=self.config.batch_size,
         )
-        found: dict[str, Float32[np.ndarray, "N F"] | str] = {RANDOM: self._random(), RAW: made.raw}
+        found: dict[str, Vectors | str] = {RANDOM: self._random()}
+        found[RAW] = {str(pooling): one for pooling, one in made.raw.items()}
         if made.adaptor is not None:
-            found[ADAPTOR] = made.adaptor
+            found[ADAPTOR] = {"objective": made.adaptor}
         return found
 
-    def _random(self) -> Float32[np.ndarray, "N F"] | str:
+    def _random(self) -> Vectors | str:
         """Vectors of the random encoder, or why there are none."""
         if not self.config.random_encoder:
             return "switched off by random_encoder=false"
         try:
-            return vectors.random_vectors(
+            made = vectors.random_vectors(
                 self.images,
                 self.manifest,
                 self.labelled.keys,
                 seed=self.config.seed,
+                poolings=self.config.poolings,
                 device=self.device,
             )
         except FeatcacheError as error:
             return f"not computed: {error.what.partition(';')[0]}"
+        return {str(pooling): one for pooling, one in made.items()}
 
     def answers(
-        self, subsets: Sequence[Subset], inputs: Mapping[str, Float32[np.ndarray, "N F"] | str]
+        self, subsets: Sequence[Subset], inputs: Mapping[str, Vectors | str]
     ) -> dict[str, Answers]:
         """What every method answers for the test images after training on these subsets."""
-        labelled, config = self.labelled, self.config
+        labelled = self.labelled
         members = [subset.members for subset in subsets]
         answers = {MAJORITY: majority_answers(labelled, members)}
         if len(set(labelled.sources)) > 1:
@@ -229,100 +274,66 @@ class _Study:
         for method, given in inputs.items():
             if isinstance(given, str):
                 answers[method] = no_answers(given, len(labelled.classes))
-                continue
-            answers[method] = probe_answers(
-                labelled,
-                members,
-                given,
-                decays=sorted(set(config.weight_decays)),
-                seeds=[config.seed + number for number in range(config.seeds)],
-                select_by=config.select_by,
-                tolerance=config.tolerance,
-                max_steps=config.max_steps,
-            )
+            else:
+                answers[method] = probe_answers(labelled, members, given, self.grid)
         return answers
 
-    def rows(
-        self, subsets: Sequence[Subset], answers: Mapping[str, Answers], judge: Judge
-    ) -> Iterator[Row]:
-        """The lines of one share."""
+    def setting(self, subsets: Sequence[Subset]) -> dict[str, str]:
+        """What tells the lines of a share from others."""
         sizes = sorted({len(subset.members) for subset in subsets})
         span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,}-{sizes[-1]:,}"
-        setting = {"labels": f"{subsets[0].percent:g} %", "images": span}
+        return {"labels": subsets[0].title, "images": span}
+
+    def rows(
+        self,
+        subsets: Sequence[Subset],
+        answers: Mapping[str, Answers],
+        judged: Mapping[str, Judgement],
+        judge: Judge,
+    ) -> Iterator[Row]:
+        """The lines of one share."""
+        name, setting = self.manifest.title, self.setting(subsets)
+        if self.labelled.of_findings:
+            defined = len(self.labelled.classes) - len(judge.undefined_classes())
+            setting["finding"] = f"mean of {defined}"
         common = {"percent": subsets[0].percent, "subsets": len(subsets)}
-        judged: dict[str, Judgement] = {}
-        name = self.manifest.title
         for method, given in answers.items():
-            if len(given.probabilities) == 0:
+            if method not in judged:
                 yield Row(name, method, setting, details=dict(common), remark=given.remark)
                 continue
-            found = judged[method] = judge.judge(given)
+            found = judged[method]
             details = {**common, "runs": len(given.probabilities), **found.details}
-            yield Row(name, method, setting, dict(found.figures), details, given.remark)
+            yield Row(name, method, setting, self._shown(found), details, given.remark)
         if ADAPTOR in judged:
             found = judge.difference(judged[ADAPTOR], judged[RAW])
             details = {**common, "runs": len(answers[RAW].probabilities)}
             remark = "paired: same subsets, seeds and draws"
-            yield Row(name, DIFFERENCE, setting, dict(found.figures), details, remark)
+            yield Row(name, DIFFERENCE, setting, self._shown(found), details, remark)
+        if subsets[0].shots is None and not self.labelled.of_findings:
+            yield from published_rows(
+                "classify", self.manifest, subsets[0].percent, label=self.config.label
+            )
 
+    def _shown(self, found: Judgement) -> dict[str, protocol.Estimate]:
+        """The figures that the table has columns for."""
+        return {column.name: found.figures[column.name] for column in self.columns}
 
-def _input_notes(study: _Study) -> Iterator[str]:
-    """Sentences about what the probes read."""
-    labelled, spec = study.labelled, study.images.spec
-    yield (
-        f"Features: `{spec.title}` ({spec.fingerprint[:12]}). Raw and random encoder: "
-        f"{vectors.mean_rule(spec)}; Adaptor: the vector of its objective; all standardised by the "
-        "training subset itself."
-    )
-    for reason, count in labelled.left_out.items():
-        yield f"Left out: {count:,} images {reason}."
-    for split in ("train", "validate", "test"):
-        numbers = labelled.of(split)
-        counts = ", ".join(f"{n} {c:,}" for n, c in labelled.class_counts(numbers).items())
-        patients = len({labelled.subject_ids[number] for number in numbers})
-        yield f"Split {split}: {len(numbers):,} images of {patients:,} patients ({counts})."
-    if study.trained is None:
-        yield "No run was given, so there is no row of an Adaptor."
-
-
-def _rule_notes(study: _Study, subsets: Sequence[Subset], judge: Judge) -> Iterator[str]:
-    """Sentences about how the figures were made, and what they do not say."""
-    config = study.config
-    yield (
-        f"Mean ± standard deviation over {config.subsets} subsets x {config.seeds} seeds (at 100 % "
-        "there is one subset, and probes that converged hardly depend on their seed: read the "
-        f"interval). [95 % interval]: {config.draws:,} draws of test patients, each scored by all "
-        "probes and averaged; a draw that lacks a class is left out."
-    )
-    yield (
-        "Weight decay: chosen for each subset on validate by "
-        f"{scores.TITLES[config.select_by]} (mean over its seeds; the smaller of equals)."
-    )
-    for name, count in judge.undefined_classes().items():
-        yield (
-            f"AUROC of class {name} is undefined ({count} of {len(judge.targets)} test images): "
-            "macro AUROC is the mean over the other classes."
-        )
-    rare = judge.rare_classes()
-    if rare:
-        yield (
-            "No interval for balanced accuracy and macro AUROC: in test, "
-            f"{' and '.join(rare)} (or the rest) comes from a single patient."
-        )
-    for subset in subsets:
-        if subset.missing:
-            missing = ", ".join(subset.missing)
-            yield f"{subset.percent:g} %, subset {subset.number}: no training image of {missing}."
-
-
-def _refuse_blind_choice(labelled: LabelledImages, config: ProbeConfig) -> None:
-    """Validation must be able to tell probes apart by the figure that chooses."""
-    present = [n for n, count in labelled.class_counts(labelled.of("validate")).items() if count]
-    if config.select_by == "auroc" and len(present) < 2:
-        raise ManifestError(
-            f"split `validate` holds one class only, `{present[0]}`: AUROC cannot choose there",
-            fix="--set select_by=accuracy, or a manifest with a larger validate split",
-        )
+    def finding_rows(
+        self, subsets: Sequence[Subset], judged: Mapping[str, Judgement], judge: Judge
+    ) -> Iterator[Row]:
+        """The lines of each finding, for the largest share alone."""
+        undefined = judge.undefined_classes()
+        found = dict(judged)
+        if ADAPTOR in judged:
+            found[DIFFERENCE] = judge.difference(judged[ADAPTOR], judged[RAW])
+        for finding in self.labelled.classes:
+            setting = {**self.setting(subsets), "finding": finding}
+            has, known = undefined.get(finding, (0, 0))
+            remark = f"undefined ({has} of {known} images)" if finding in undefined else ""
+            for method, one in found.items():
+                figures = {"auroc": one.figures[scores.OF_FINDING + finding]}
+                details = {"percent": subsets[0].percent, "subsets": len(subsets)}
+                yield Row(self.manifest.title, method, setting, figures, details, remark)
 
 
 def finetune_workspace(
@@ -352,7 +363,7 @@ def finetune_workspace(
     table = open_manifest(workspace.manifest(manifest))
     reads = load_adaptor(folder).image_fingerprint if folder is not None else None
     images = FeatureSet.open(inputs.feature_folder(workspace, "image", backbone, reads, folder))
-    name = f"{table.name}-{config.label}-{images.folder.name}"
+    name = f"{table.name}-{config.asked}-{images.folder.name}"
     out = inputs.results_folder(workspace, folder) / "finetune" / name
     note(f"finetune: {images.spec.title}, run {folder.name if folder else '-'}, {table.title}")
     return finetune(images, table, folder, out, config, device=device, again=again)

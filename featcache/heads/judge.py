@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from pydantic import JsonValue
 
 from featcache.heads import scores
@@ -20,13 +21,13 @@ class Judgement:
     """The figures of one method on one share of the labels.
 
     Attributes:
-        figures: By name in `scores.METRICS`.
+        figures: By name in `scores.metric_names`.
         drawn: The same figures, mean over the runs, in every bootstrap draw.
         details: Facts for `results.json`.
     """
 
     figures: Mapping[str, Estimate]
-    drawn: Float64[np.ndarray, "draws 3"]
+    drawn: Float64[np.ndarray, "draws M"]
     details: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
@@ -35,44 +36,70 @@ class Judge:
     """The test labels, with the rule by which figures get intervals.
 
     Attributes:
-        targets: Class of each test image.
+        targets: Class of each test image; or for each finding 1, 0, or -1 = unknown.
         subject_ids: Patient of each test image.
-        classes: Names of the classes.
+        classes: Names of the classes or findings.
         draws: Bootstrap draws.
         seed: Seed of the draws: every method sees the same ones.
     """
 
-    targets: Int64[np.ndarray, " n"]
+    targets: Int64[np.ndarray, " n"] | Int64[np.ndarray, "n C"]
     subject_ids: Sequence[str]
     classes: Sequence[str]
     draws: int
     seed: int
 
-    def _patients(self, chosen: Sequence[bool]) -> int:
+    @property
+    def of_findings(self) -> bool:
+        """Whether an image may have several of the classes."""
+        return self.targets.ndim == 2
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the figures."""
+        return scores.metric_names(self.classes, of_findings=self.of_findings)
+
+    def _sides(self, number: int) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+        """Images that are known to be of a class (to have a finding), and those known not to."""
+        if self.of_findings:
+            return self.targets[:, number] == 1, self.targets[:, number] == 0
+        return self.targets == number, self.targets != number
+
+    def _patients(self, chosen: Bool[np.ndarray, " n"]) -> int:
         """Distinct patients among some of the test images."""
         return len({s for s, taken in zip(self.subject_ids, chosen, strict=True) if taken})
 
     def rare_classes(self) -> list[str]:
         """Classes that occur, or whose rest occurs, in a single patient."""
         rare = []
-        for number in np.unique(self.targets).tolist():
-            members = self.targets == number
-            sides = [self._patients(side.tolist()) for side in (members, ~members)]
+        for number, name in enumerate(self.classes):
+            has, lacks = self._sides(number)
+            # Of findings that do not exist on both sides there is no figure to speak of.
+            if not has.any() or (self.of_findings and not lacks.any()):
+                continue
+            sides = [self._patients(side) for side in (has, lacks)]
             if min(side for side in sides if side) < FEWEST_PATIENTS:
-                rare.append(self.classes[number])
+                rare.append(name)
         return rare
 
-    def undefined_classes(self) -> dict[str, int]:
-        """Classes without an AUROC in this split, and how many images they have in it."""
-        counts = np.bincount(self.targets, minlength=len(self.classes))
-        defined = scores.defined_classes(self.targets, len(self.classes))
-        return {self.classes[i]: int(counts[i]) for i in np.flatnonzero(~defined).tolist()}
+    def undefined_classes(self) -> dict[str, tuple[int, int]]:
+        """Classes without an AUROC here: how many images have them, of how many that are known."""
+        sides = [self._sides(number) for number in range(len(self.classes))]
+        return {
+            name: (int(has.sum()), int(has.sum() + lacks.sum()))
+            for name, (has, lacks) in zip(self.classes, sides, strict=True)
+            if not (has.any() and lacks.any())
+        }
 
     def has_interval(self) -> dict[str, bool]:
         """Which figures get one: accuracy needs two patients, the others two of every class."""
-        enough = self._patients([True] * len(self.targets)) >= FEWEST_PATIENTS
-        every_class = enough and not self.rare_classes()
-        return {name: enough if name == "accuracy" else every_class for name in scores.METRICS}
+        enough = self._patients(np.ones(len(self.targets), dtype=bool)) >= FEWEST_PATIENTS
+        rare = self.rare_classes()
+        allowed = dict.fromkeys(self.metrics, enough and not rare)
+        if self.of_findings:
+            own = {scores.OF_FINDING + name: enough and name not in rare for name in self.classes}
+            return allowed | own
+        return allowed | {"accuracy": enough}
 
     def judge(self, answers: Answers) -> Judgement:
         """Figures of a method's runs.
@@ -82,44 +109,59 @@ class Judge:
         Args:
             answers: At least one run.
         """
-        runs = [scores.score(run, self.targets) for run in answers.probabilities]
+        runs = [scores.figures(run, self.targets) for run in answers.probabilities]
         drawn = self._draw(answers.probabilities)
         allowed = self.has_interval()
         figures = {}
-        for column, name in enumerate(scores.METRICS):
-            values = tuple(run[name] for run in runs)
+        for column, name in enumerate(self.metrics):
+            values = tuple(float(run[column]) for run in runs)
             interval = interval_of(drawn[:, column]) if allowed[name] else None
             figures[name] = Estimate(values, None if np.isnan(values).any() else interval)
         return Judgement(figures, drawn, {**answers.details, **self._per_class(answers)})
 
     def difference(self, first: Judgement, second: Judgement) -> Judgement:
-        """First minus second, run by run and draw by draw."""
+        """First minus second, draw by draw; run by run where both have the same runs."""
         drawn = first.drawn - second.drawn
         figures = {}
-        for column, name in enumerate(scores.METRICS):
-            pairs = zip(first.figures[name].values, second.figures[name].values, strict=True)
-            values = tuple(one - other for one, other in pairs)
-            has = first.figures[name].interval is not None
+        for column, name in enumerate(self.metrics):
+            one, other = first.figures[name], second.figures[name]
+            values: tuple[float, ...] = (one.mean - other.mean,)
+            if len(one.values) == len(other.values):
+                pairs = zip(one.values, other.values, strict=True)
+                values = tuple(a - b for a, b in pairs)
+            has = one.interval is not None
             figures[name] = Estimate(values, interval_of(drawn[:, column]) if has else None)
         return Judgement(figures, drawn)
 
-    def _draw(self, probabilities: Float[np.ndarray, "R n C"]) -> Float64[np.ndarray, "draws 3"]:
+    def _draw(self, probabilities: Float[np.ndarray, "R n C"]) -> Float64[np.ndarray, "draws M"]:
         """The mean figures of all runs in every draw."""
 
-        def mean_figures(weights: Float64[np.ndarray, "W n"]) -> Float64[np.ndarray, "W 3"]:
-            runs = [scores.weighted_scores(run, self.targets, weights) for run in probabilities]
+        def mean_figures(weights: Float64[np.ndarray, "W n"]) -> Float64[np.ndarray, "W M"]:
+            runs = [scores.weighted_figures(run, self.targets, weights) for run in probabilities]
             return np.mean(runs, axis=0)  # type: ignore[no-any-return]
 
         return patient_bootstrap(mean_figures, self.subject_ids, draws=self.draws, seed=self.seed)
 
-    def _per_class(self, answers: Answers) -> dict[str, JsonValue]:
+    def _per_class(self, answers: Answers) -> dict[str, Any]:
         """AUROC of each class and the confusion matrix, both as means over the runs."""
-        areas = np.mean([scores.class_auroc(run, self.targets) for run in answers.probabilities], 0)
-        confusion = np.zeros((len(self.classes), len(self.classes)))
-        for run in answers.probabilities:
-            np.add.at(confusion, (self.targets, run.argmax(axis=1)), 1 / len(answers.probabilities))
-        named: dict[str, JsonValue] = {
+        runs = answers.probabilities
+        if self.of_findings:
+            areas = np.mean([scores.figures(run, self.targets)[1:] for run in runs], axis=0)
+        else:
+            areas = np.mean([scores.class_auroc(run, self.targets) for run in runs], axis=0)
+        named = {
             name: None if np.isnan(area) else round(float(area), DIGITS)
             for name, area in zip(self.classes, areas, strict=True)
         }
-        return {"class_auroc": named, "confusion": np.round(confusion, DIGITS).tolist()}
+        return {"class_auroc": named, **({} if self.of_findings else self._confusion(runs))}
+
+    def _confusion(self, runs: Float[np.ndarray, "R n C"]) -> dict[str, Any]:
+        """How many images of each class are taken for each, by name: mean over the runs."""
+        counts = np.zeros((len(self.classes), len(self.classes)))
+        for run in runs:
+            np.add.at(counts, (self.targets, run.argmax(axis=1)), 1 / len(runs))
+        rows = {
+            name: dict(zip(self.classes, row, strict=True))
+            for name, row in zip(self.classes, np.round(counts, DIGITS).tolist(), strict=True)
+        }
+        return {"confusion": rows}

@@ -123,7 +123,7 @@ class _Sweep:
     def without_adaptor(self, folder: Path) -> dict[str, dict[str, float]]:
         """Figures of the methods that no Adaptor has a part in; any run's folder will do."""
         figures = self.measure(folder)
-        linear = self._retrieval(folder, self.folder / "baseline", linear_map=True)
+        linear = self._retrieval(folder, folder / "baseline", linear_map=True)
         for name, more in linear.items():
             figures.setdefault(name, {}).update(more)
         return figures

@@ -228,7 +228,8 @@ def table_from_plain(values: Mapping[str, Any]) -> Table:
         figures = {name: _estimate(plain) for name, plain in line["figures"].items()}
         known = {"dataset", "method", "setting", "figures", "remark"}
         details = {name: value for name, value in line.items() if name not in known}
-        setting = {name: line["setting"][name] for name in values["settings"]}
+        given = line["setting"]
+        setting = {name: given[name] for name in values["settings"] if name in given}
         rows.append(Row(line["dataset"], line["method"], setting, figures, details, line["remark"]))
     columns = tuple(Column(**column) for column in values["columns"])
     notes = tuple(values["notes"][:-1])

@@ -1,9 +1,11 @@
 """One vector per image or text, made of cached tokens, for heads that read vectors."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +28,12 @@ from featcache.manifest.table import Manifest
 
 MEAN = "mean of the patch tokens (prefix tokens left out)"
 MEAN_ALL = "mean of all tokens (the set has no patch tokens)"
+PREFIX = "first prefix token (the class token)"
+BOTH = "mean and class token side by side"
+
+Pooling = Literal["mean", "prefix", "both"]
+POOLINGS: tuple[Pooling, ...] = ("mean", "prefix", "both")
+"""How a frozen encoder's tokens become one vector; of equals the first is taken."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,44 @@ class ImageVectors:
     """Vectors of the same images from two sources.
 
     Attributes:
-        raw: Mean patch token as the encoder gave it.
+        raw: The encoder's tokens, by pooling.
         adaptor: What the Adaptor's objective offers to heads; None without an Adaptor.
     """
 
-    raw: Float32[np.ndarray, "N D"]
+    raw: Mapping[Pooling, Float32[np.ndarray, "N _"]]
     adaptor: Float32[np.ndarray, "N F"] | None
+
+
+def possible_poolings(spec: FeatureSetSpec, asked: Sequence[Pooling]) -> tuple[Pooling, ...]:
+    """Those of some poolings that a set's tokens allow; without prefix tokens the mean alone.
+
+    Args:
+        spec: Says how many prefix tokens there are.
+        asked: In any order.
+    """
+    has_both = 0 < spec.num_prefix_tokens < (spec.num_tokens or 0)
+    return tuple(one for one in POOLINGS if one in asked and has_both) or ("mean",)
+
+
+def pooling_rule(spec: FeatureSetSpec, pooling: Pooling) -> str:
+    """What a pooling makes of a row of this set, in words."""
+    return {"mean": mean_rule(spec), "prefix": PREFIX, "both": BOTH}[pooling]
+
+
+def pool_tokens(
+    tokens: Float[Tensor, "B L D"], spec: FeatureSetSpec, pooling: Pooling
+) -> Float32[Tensor, "B F"]:
+    """One vector of each image's tokens, in float32; F is D, or 2 D for `both`.
+
+    Args:
+        tokens: Any float type.
+        spec: Says how many prefix tokens there are.
+        pooling: One that `possible_poolings` gave.
+    """
+    if pooling == "mean":
+        return mean_tokens(tokens, None, spec)
+    first = tokens[:, 0].float()
+    return first if pooling == "prefix" else torch.cat([mean_tokens(tokens, None, spec), first], 1)
 
 
 def mean_rule(spec: FeatureSetSpec) -> str:
@@ -67,10 +107,11 @@ def image_vectors(
     rows: Int64[np.ndarray, " N"],
     trained: TrainedAdaptor | None,
     *,
+    poolings: Sequence[Pooling] = ("mean",),
     device: str = "cpu",
     batch_size: int = 64,
 ) -> ImageVectors:
-    """Read each image's tokens and make both vectors of them.
+    """Read each image's tokens once and make all vectors of them.
 
     An Adaptor that was trained on a token budget reads that; the encoder's vector is of all tokens.
 
@@ -80,17 +121,22 @@ def image_vectors(
         images: The encoder's tokens.
         rows: Which rows, in the order of the result.
         trained: Its objective turns tokens into the Adaptor's vector.
+        poolings: Of the encoder's own vectors; those that the set allows are made.
         device: Where the Adaptor runs.
         batch_size: Images read at a time.
     """
-    raw, adapted, done = [], [], 0
+    raw: dict[Pooling, list[np.ndarray]] = {
+        one: [] for one in possible_poolings(images.spec, poolings)
+    }
+    adapted, done = [], 0
     whole = iterate_rows(images, rows, batch_size)
     reading = {} if trained is None else trained.reading
     is_budgeted = reading.get("tokens", "all") != "all"
     budget = iterate_rows(images, rows, batch_size, **reading) if is_budgeted else None
     with task(f"read {images.spec.title}", len(rows)) as progress:
-        for some, tokens, valid in whole:
-            raw.append(mean_tokens(tokens, valid, images.spec).numpy())
+        for some, tokens, _ in whole:
+            for pooling, made in raw.items():
+                made.append(pool_tokens(tokens, images.spec, pooling).numpy())
             if trained is not None:
                 own = tokens if budget is None else next(budget)[1]
                 moved = own.to(device, torch.float32)
@@ -98,7 +144,8 @@ def image_vectors(
                 adapted.append(vector.float().cpu().numpy())
             done += len(some)
             progress.update(done)
-    return ImageVectors(np.concatenate(raw), np.concatenate(adapted) if adapted else None)
+    joined = {pooling: np.concatenate(made) for pooling, made in raw.items()}
+    return ImageVectors(joined, np.concatenate(adapted) if adapted else None)
 
 
 def mean_vectors(
@@ -118,9 +165,10 @@ def random_vectors(
     keys: tuple[str, ...],
     *,
     seed: int,
+    poolings: Sequence[Pooling] = ("mean",),
     device: str = "cpu",
-) -> Float32[np.ndarray, "N D"]:
-    """What the same architecture with random weights makes of the same pictures.
+) -> dict[Pooling, Float32[np.ndarray, "N _"]]:
+    """What the same architecture with random weights makes of the same pictures, by pooling.
 
     Kept in `random/` beside the folder of image sets, so that it is computed once.
 
@@ -129,36 +177,37 @@ def random_vectors(
         manifest: Where the pictures are.
         keys: Which pictures, in the order of the result.
         seed: Of the random weights.
+        poolings: Those that the set allows are made.
         device: Where the encoder runs.
 
     Raises:
         FeatcacheError: The encoder cannot be rebuilt here, or a picture cannot be read any more.
     """
+    asked = possible_poolings(images.spec, poolings)
     mark = hash_keys([images.fingerprint, str(seed), *keys])
     name = f"{images.spec.encoder.replace('/', '-')}-seed{seed}-{mark[:12]}.safetensors"
     path = images.folder.parent.parent / "random" / name
     kept = _read_kept(path, len(keys))
-    if kept is not None:
-        return kept
-    encoder = _rebuild(images.spec, seed, device)
-    row_of = {key: row for row, key in enumerate(manifest.keys)}
-    paths = [manifest.image_file(row_of[key]) for key in keys]
-    vectors = _encode(encoder, paths, images.spec, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, save({"vectors": vectors}))
-    return vectors
+    if not set(asked) <= kept.keys():
+        made: dict[str, list[np.ndarray]] = {pooling: [] for pooling in asked}
+        for tokens in random_tokens(images.spec, manifest, keys, seed=seed, device=device):
+            for pooling in asked:
+                made[pooling].append(pool_tokens(tokens, images.spec, pooling).cpu().numpy())
+        kept = {pooling: np.concatenate(some) for pooling, some in made.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, save(kept))
+    return {pooling: kept[pooling] for pooling in asked}
 
 
-def _read_kept(path: Path, num_rows: int) -> Float32[np.ndarray, "N D"] | None:
-    """Vectors of an earlier call; None when there are none, or they are damaged."""
+def _read_kept(path: Path, num_rows: int) -> dict[str, Float32[np.ndarray, "N _"]]:
+    """Vectors of an earlier call by pooling; nothing when there are none, or they are damaged."""
     if not path.is_file():
-        return None
+        return {}
     try:
-        vectors = load_file(path).get("vectors")
+        kept = load_file(path)
     except (SafetensorError, OSError):
-        return None
-    fits = vectors is not None and vectors.ndim == 2 and len(vectors) == num_rows
-    return vectors if fits else None
+        return {}
+    return {name: one for name, one in kept.items() if one.ndim == 2 and len(one) == num_rows}
 
 
 def _rebuild(spec: FeatureSetSpec, seed: int, device: str) -> ImageEncoder:
@@ -179,13 +228,33 @@ def _rebuild(spec: FeatureSetSpec, seed: int, device: str) -> ImageEncoder:
 
 
 @torch.inference_mode()
-def _encode(
-    encoder: ImageEncoder, paths: list[Path], spec: FeatureSetSpec, device: str
-) -> Float32[np.ndarray, "N D"]:
-    """Mean patch tokens of pictures; the next batch is decoded while one is encoded."""
+def random_tokens(
+    spec: FeatureSetSpec,
+    manifest: Manifest,
+    keys: tuple[str, ...],
+    *,
+    seed: int,
+    device: str = "cpu",
+) -> Iterator[Float[Tensor, "B L D"]]:
+    """Tokens that the set's encoder gives with random weights, in batches of pictures.
+
+    The next batch is decoded while one is encoded.
+
+    Args:
+        spec: Of the set whose encoder is rebuilt.
+        manifest: Where the pictures are.
+        keys: Which pictures, in the order of the result.
+        seed: Of the random weights.
+        device: Where the encoder runs.
+
+    Raises:
+        FeatcacheError: The encoder cannot be rebuilt here, or a picture cannot be read any more.
+    """
+    encoder = _rebuild(spec, seed, device)
+    row_of = {key: row for row, key in enumerate(manifest.keys)}
+    paths = [manifest.image_file(row_of[key]) for key in keys]
     size = min(spec.batch_size, 32)
     read = partial(decode_image, preprocessing=encoder.preprocessing)
-    means = []
     with (
         ThreadPoolExecutor(max_workers=4) as pool,
         task(f"random {spec.encoder}", len(paths)) as progress,
@@ -194,7 +263,5 @@ def _encode(
         for start in range(0, len(paths), size):
             greys = torch.from_numpy(np.stack(list(ahead)))
             ahead = pool.map(read, paths[start + size : start + 2 * size])
-            encoded = encoder(to_input(greys.to(device), encoder.preprocessing))
-            means.append(mean_tokens(encoded.tokens, None, spec).cpu().numpy())
+            yield encoder(to_input(greys.to(device), encoder.preprocessing)).tokens
             progress.update(start + len(greys))
-    return np.concatenate(means)

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from featcache.heads.answers import majority_answers, probe_answers, source_answers
+from featcache.heads.answers import ProbeGrid, majority_answers, probe_answers, source_answers
 from featcache.heads.labels import LabelledImages
 
 
@@ -36,7 +36,8 @@ def ask(images, vectors, members, **changed):
         "tolerance": 1e-5,
         "max_steps": 500,
     }
-    return probe_answers(images, members, vectors, **(options | changed))
+    given = vectors if isinstance(vectors, dict) else {"mean": vectors}
+    return probe_answers(images, members, given, ProbeGrid(**(options | changed)))
 
 
 def test_majority_is_that_of_the_subset_and_the_first_of_equals():
@@ -111,3 +112,15 @@ def test_probe_that_did_not_converge_is_said_in_the_table():
     found = ask(images, vectors, [np.arange(60)], max_steps=1)
     assert found.remark == "2 of 2 probes not converged"
     assert found.details["converged"] == [False, False]
+
+
+def test_validation_chooses_the_pooling_that_holds_the_classes():
+    images, vectors = labelled()
+    noise = np.random.default_rng(5).normal(size=vectors.shape).astype(np.float32)
+    members = [np.arange(60), np.arange(30)]
+    found = ask(images, {"mean": noise, "prefix": vectors}, members)
+    assert found.details["poolings"] == ["prefix"] * 4
+    assert found.details["configurations_tried"] == 2 * (2 * 3 * 2)
+    alone = ask(images, {"prefix": vectors}, members)
+    np.testing.assert_array_equal(found.probabilities, alone.probabilities)
+    assert found.details["weight_decays"] == alone.details["weight_decays"]

@@ -8,8 +8,10 @@ import pytest
 
 from featcache.config import read_json
 from featcache.errors import ManifestError, StaleFeatureSetError, TrainingError, UsageError
+from featcache.heads import vectors
 from featcache.heads.classify import ProbeConfig, finetune, finetune_workspace
 from featcache.heads.labels import labelled_images
+from featcache.loader.gather import iterate_rows
 from featcache.manifest.splits import list_hash
 from featcache.workspace import Workspace
 
@@ -71,7 +73,8 @@ def test_runs_are_subsets_times_seeds(results):
     assert line["configurations_tried"] == 12
     assert len(line["converged"]) == 4
     assert rows_of(results, "Adaptor", 100)[0]["runs"] == 2
-    assert results.table.configurations == 2 * (12 + 6)
+    # The raw backbone has three poolings: mean, class token, both.
+    assert results.table.configurations == (3 + 1) * (12 + 6)
 
 
 def test_difference_is_the_difference_of_the_means(results):
@@ -94,7 +97,7 @@ def test_table_says_stand_in_notes_and_protocol(results):
     body = [line for line in text.splitlines() if line.startswith("| toy")]
     assert len(body) == 10
     assert all(line.startswith("| toy (synthetic stand-in) |") for line in body)
-    assert "Configurations tried and compared on validation: 36." in text
+    assert "Configurations tried and compared on validation: 72." in text
     assert "trained on a manifest that is not recorded here" in text
 
 
@@ -265,3 +268,93 @@ def test_workspace_finds_the_features_that_the_run_reads(make_toy, make_run, tmp
     text = found.to_text()
     assert "macro AUROC %" in text
     assert "results.md" in text.splitlines()[-1]
+
+
+def test_shots_take_the_place_of_shares(toy, tmp_path):
+    config = QUICK.model_copy(update={"shots": 2, "subsets": 3, "seeds": 1})
+    found = finetune(toy.images, toy.manifest, None, tmp_path, config, device="cpu")
+    line = next(r for r in found.values["rows"] if r["method"] == "raw backbone")
+    assert line["setting"] == {"labels": "2 shots", "images": "6"}
+    assert (line["subsets"], line["runs"]) == (3, 3)
+    listed = read_json(tmp_path / "subsets" / "subsets.json")["subsets"]
+    assert [one["file"] for one in listed] == [f"train-2-shots-{i}.txt" for i in range(3)]
+    assert len({one["hash"] for one in listed}) == 3
+    assert listed[0]["classes"] == {"effusion": 2, "normal": 2, "pneumonia": 2}
+
+
+def test_mlp_is_named_as_such_and_chooses_its_learning_rate(toy, run, tmp_path):
+    changed = {"head": "mlp", "hidden": 32, "epochs": 10, "fractions": (100,), "seeds": 1}
+    changed |= {"learning_rates": (1e-3, 1e-2), "poolings": ("mean",), "mlp_weight_decays": (0.1,)}
+    config = QUICK.model_copy(update=changed)
+    found = finetune(toy.images, toy.manifest, run, tmp_path, config, device="cpu")
+    text = found.table.to_markdown()
+    assert text.startswith("# MLP heads: toy")
+    assert "Published probes are linear" in text
+    [line] = rows_of(found, "raw backbone", 100)
+    assert line["learning_rates"][0] in config.learning_rates
+    assert "converged" not in line
+    assert line["figures"]["accuracy"]["mean"] > 0.8
+
+
+def test_validation_chooses_the_pooling(make_toy, tmp_path):
+    toy = make_toy(tmp_path)
+    small = QUICK.model_copy(update={"fractions": (100,), "seeds": 1})
+    found = finetune(toy.images, toy.manifest, None, tmp_path / "out", small, device="cpu")
+    [line] = rows_of(found, "raw backbone", 100)
+    assert line["poolings"][0] in ("mean", "both")  # the class token was drawn without the class
+    text = found.table.to_markdown()
+    assert "or first prefix token (the class token), or mean and class token" in text
+    alone = small.model_copy(update={"poolings": ("prefix",)})
+    found = finetune(toy.images, toy.manifest, None, tmp_path / "prefix", alone, device="cpu")
+    assert accuracy(found, "raw backbone", 100) < 0.6
+
+
+def test_every_pair_of_rows_is_compared_on_the_same_draws(results):
+    pairs = results.values["differences"]
+    of_all = [one for one in pairs if one["labels"] == "100 %"]
+    assert [(one["first"], one["second"]) for one in of_all] == [
+        ("raw backbone", "majority class"),
+        ("Adaptor", "majority class"),
+        ("Adaptor", "raw backbone"),
+    ]
+    [gap] = rows_of(results, "Adaptor minus raw backbone", 100)
+    assert of_all[2]["figures"]["auroc"] == gap["figures"]["auroc"]
+    first = of_all[0]["figures"]["accuracy"]
+    expected = accuracy(results, "raw backbone", 100) - accuracy(results, "majority class", 100)
+    assert first["mean"] == pytest.approx(expected, abs=2e-6)
+    assert first["low"] < first["mean"] < first["high"]
+
+
+def test_published_figures_stand_beside_real_data_alone(toy, make_toy, tmp_path):
+    import dataclasses
+
+    small = QUICK.model_copy(update={"fractions": (1, 100), "subsets": 1, "seeds": 1})
+    covidx = {"dataset": "covidx"}
+    for is_real in (True, False):
+        meta = toy.manifest.meta.model_copy(update={**covidx, "synthetic": not is_real})
+        manifest = dataclasses.replace(toy.manifest, meta=meta)
+        out = tmp_path / str(is_real)
+        found = finetune(toy.images, manifest, None, out, small, device="cpu")
+        published = [line for line in found.values["rows"] if line.get("published")]
+        text = found.table.to_markdown()
+        if is_real:
+            [mgca] = [r for r in published if r["method"] == "MGCA ViT-B/16" and r["percent"] == 1]
+            assert mgca["figures"]["accuracy"]["mean"] == pytest.approx(0.748)
+            assert "other protocol; table of MGCA" in mgca["remark"]
+            assert "Published rows follow another protocol than ours" in text
+        else:
+            assert not published
+            assert "none stand beside this synthetic stand-in" in text
+
+
+def test_cache_is_read_once_for_all_probes(toy, run, tmp_path, monkeypatch):
+    read = []
+
+    def spy(features, rows, batch_size, **reading):
+        read.extend(rows.tolist())
+        return iterate_rows(features, rows, batch_size, **reading)
+
+    monkeypatch.setattr(vectors, "iterate_rows", spy)
+    config = QUICK.model_copy(update={"fractions": (10, 50, 100), "draws": 100})
+    finetune(toy.images, toy.manifest, run, tmp_path, config, device="cpu")
+    assert sorted(read) == list(range(toy.images.num_rows))

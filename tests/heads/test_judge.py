@@ -50,11 +50,11 @@ def test_paired_interval_is_narrower_than_that_of_independent_draws():
 def test_absent_class_is_named_and_left_out_of_the_macro_mean():
     targets = np.array([0, 1] * 6)
     judge = judge_of(targets)
-    assert judge.undefined_classes() == {"c": 0}
+    assert judge.undefined_classes() == {"c": (0, 12)}
     judged = judge.judge(Answers(np.eye(3)[targets][None] * 0.9 + 1 / 30))
     assert judged.figures["auroc"].mean == 1.0
     assert judged.details["class_auroc"] == {"a": 1.0, "b": 1.0, "c": None}
-    assert judged.details["confusion"][0] == [6.0, 0.0, 0.0]
+    assert judged.details["confusion"]["a"] == {"a": 6.0, "b": 0.0, "c": 0.0}
 
 
 def test_class_of_one_patient_gets_no_interval():

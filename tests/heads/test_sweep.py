@@ -81,6 +81,18 @@ def test_run_again_it_trains_and_reads_nothing_anew(made, asked):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_a_learning_rate_that_is_added_later_may_be_chosen(toy, asked, tmp_path):
+    """The figures that no Adaptor has a part in are then those of another run's folder."""
+    few = {"seeds": 1, "variants": {"dual": VARIANTS["dual"]}, "label": None}
+    first = sweep(Workspace(tmp_path), config(**few, learning_rates=[1e-5]), "wider", **asked)
+    second = sweep(
+        Workspace(tmp_path), config(**few, learning_rates=[1e-5, 1e-2]), "wider", **asked
+    )
+    chosen = [one.values["rows"][0]["setting"]["lr"] for one in (first, second)]
+    assert chosen == ["1e-05", "0.01"]
+    assert first.values["rows"][1:] == second.values["rows"][1:]
+
+
 def test_a_variant_that_does_not_fit_is_named_before_anything_is_trained(asked, tmp_path):
     wrong = config(variants={**VARIANTS, "odd": ["adaptor.heads=3"]})
     with pytest.raises(ConfigError, match="heads"):

@@ -16,6 +16,7 @@ from featcache.heads.vectors import (
     mean_rule,
     mean_tokens,
     mean_vectors,
+    possible_poolings,
     random_vectors,
 )
 from featcache.manifest.table import write_manifest
@@ -23,7 +24,7 @@ from featcache.manifest.table import write_manifest
 
 def test_raw_vector_is_the_mean_of_the_patch_tokens(toy):
     rows = np.array([7, 0, 31])
-    found = image_vectors(toy.images, rows, None).raw
+    found = image_vectors(toy.images, rows, None).raw["mean"]
     expected = toy.images.read_tokens(rows).astype(np.float32)[:, 1:].mean(axis=1)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -43,6 +44,22 @@ def test_padding_of_a_text_does_not_enter_its_mean(toy):
         np.testing.assert_allclose(vector, tokens.mean(axis=0), atol=1e-5)
 
 
+def test_poolings_are_the_class_token_the_mean_and_both(toy):
+    rows = np.array([7, 0, 31])
+    found = image_vectors(toy.images, rows, None, poolings=("both", "mean", "prefix")).raw
+    tokens = toy.images.read_tokens(rows).astype(np.float32)
+    assert list(found) == ["mean", "prefix", "both"]
+    np.testing.assert_array_equal(found["prefix"], tokens[:, 0])
+    np.testing.assert_array_equal(found["both"], np.c_[found["mean"], found["prefix"]])
+
+
+def test_set_without_prefix_tokens_has_the_mean_alone(toy):
+    spec = toy.images.spec.model_copy(update={"num_prefix_tokens": 0, "num_tokens": 4})
+    assert possible_poolings(spec, ("mean", "prefix", "both")) == ("mean",)
+    assert possible_poolings(spec, ("prefix",)) == ("mean",)
+    assert possible_poolings(toy.images.spec, ("prefix",)) == ("prefix",)
+
+
 @pytest.mark.parametrize("objective", ["allpairs", "dual", "paper"])
 def test_vector_of_an_image_does_not_depend_on_its_batch(toy, make_run, tmp_path, objective):
     trained = load_adaptor(make_run(tmp_path, toy, objective=objective))
@@ -50,7 +67,7 @@ def test_vector_of_an_image_does_not_depend_on_its_batch(toy, make_run, tmp_path
     together = image_vectors(toy.images, rows, trained, batch_size=20)
     alone = image_vectors(toy.images, rows, trained, batch_size=1)
     np.testing.assert_allclose(together.adaptor, alone.adaptor, atol=2e-6)
-    np.testing.assert_allclose(together.raw, alone.raw, atol=1e-6)
+    np.testing.assert_allclose(together.raw["mean"], alone.raw["mean"], atol=1e-6)
     turned = image_vectors(toy.images, rows[::-1].copy(), trained, batch_size=7)
     np.testing.assert_allclose(turned.adaptor[::-1], together.adaptor, atol=2e-6)
 
@@ -92,16 +109,16 @@ def pictures(tmp_path_factory, write_set):
 def test_random_vectors_are_computed_once_and_depend_on_the_seed(pictures, monkeypatch):
     images, manifest = pictures
     keys = tuple(manifest.keys)
-    first = random_vectors(images, manifest, keys, seed=0)
+    first = random_vectors(images, manifest, keys, seed=0)["mean"]
     assert first.shape == (18, images.spec.dim)
     [kept] = (images.folder.parent.parent / "random").iterdir()
     assert kept.name.startswith("lite0-demo-seed0-")
     before = kept.stat().st_mtime_ns
-    np.testing.assert_array_equal(random_vectors(images, manifest, keys, seed=0), first)
+    np.testing.assert_array_equal(random_vectors(images, manifest, keys, seed=0)["mean"], first)
     assert kept.stat().st_mtime_ns == before
     kept.write_bytes(b"damaged")
-    np.testing.assert_array_equal(random_vectors(images, manifest, keys, seed=0), first)
-    other = random_vectors(images, manifest, keys[:5], seed=1)
+    np.testing.assert_array_equal(random_vectors(images, manifest, keys, seed=0)["mean"], first)
+    other = random_vectors(images, manifest, keys[:5], seed=1)["mean"]
     assert np.abs(other - first[:5]).max() > 1e-3
 
 
