@@ -66,6 +66,7 @@ class DemoResult:
                 "  featcache extract --backbone vit-b      another backbone, then",
                 "  featcache train-adaptor                 an Adaptor on it",
                 "  make finetune-covidx                    its score on another data set",
+                "  make segment-lungs                      where the lungs are, from these tokens",
             ]
         )
 

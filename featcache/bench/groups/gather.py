@@ -52,7 +52,7 @@ def check_loader(loader: TokenLoader) -> None:
     check_pass("featcache", loader.cache.images, (batch.image_tokens.numpy() for batch in loader))
 
 
-class _Memcpy:
+class Memcpy:
     """Threads that copy memory: bytes from a large array into as many buffers as the loader has."""
 
     def __init__(self, total: int, buffer_bytes: int, buffers: int, threads: int):
@@ -78,14 +78,14 @@ class _Memcpy:
 
 def gather_vs_memcpy(setting: Setting) -> Measured:
     """Time of copying a pass's bytes in memory over that of gathering and collating them."""
-    rows, batch = setting.choose(4096, 64), setting.choose(BATCH, 16)
+    rows, batch = setting.choose(8192, 64), setting.choose(BATCH, 16)
     passes, threads = setting.choose(2, 1), cores()
     setting.say(f"writing {rows:,} rows")
     cache = make_cache(setting.folder, rows)
     row_bytes = cache.images.spec.row_bytes or 0
     loader = TokenLoader(cache, batch, threads=threads)
     check_loader(loader)  # also brings everything into memory
-    copying = _Memcpy(rows * row_bytes, batch * row_bytes, 4, threads)
+    copying = Memcpy(rows * row_bytes, batch * row_bytes, 4, threads)
     write_random_texts(setting.folder / "words", lengths=[8, 16, 24, 32], dim=VIT_B[1])
     worded = join_rows(setting.folder / "images", setting.folder / "words")
     pairs = TokenLoader(worded, batch, threads=threads)

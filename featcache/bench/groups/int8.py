@@ -16,7 +16,7 @@ from featcache.cache.feature_set import FeatureSet
 from featcache.cache.folder import read_quality
 from featcache.extract.command import extract
 from featcache.extract.config import ExtractConfig
-from featcache.heads.answers import Answers, probe_answers
+from featcache.heads.answers import Answers, ProbeGrid, probe_answers
 from featcache.heads.classify import ProbeConfig
 from featcache.heads.labels import LabelledImages, labelled_images, training_subsets
 from featcache.heads.protocol import interval_of, patient_bootstrap
@@ -126,14 +126,16 @@ def _train(
             probe_answers(
                 labelled,
                 [subset.members],
-                vectors,
-                decays=config.weight_decays
-                if fixed is None
-                else [fixed[percent][number * len(seeds)]],
-                seeds=seeds,
-                select_by=config.select_by,
-                tolerance=config.tolerance,
-                max_steps=config.max_steps,
+                {"mean": vectors},
+                ProbeGrid(
+                    config.weight_decays
+                    if fixed is None
+                    else [fixed[percent][number * len(seeds)]],
+                    seeds,
+                    config.select_by,
+                    config.tolerance,
+                    config.max_steps,
+                ),
             )
             for number, subset in enumerate(subsets)
         ]

@@ -13,7 +13,7 @@ from jaxtyping import Int64
 
 from featcache.bench.batch_peers import BATCH_PEERS, BatchPeer, Gather
 from featcache.bench.case import Bench, Measured, Setting
-from featcache.bench.groups.gather import BATCH, check_loader, run_passes
+from featcache.bench.groups.gather import BATCH, Memcpy, check_loader, run_passes
 from featcache.bench.sample_peers import SAMPLE_PEERS, SamplePeer
 from featcache.bench.sets import check_pass, make_cache, row_numbers
 from featcache.bench.stage_one import cores
@@ -23,6 +23,7 @@ from featcache.errors import CacheError
 from featcache.loader.gather import TokenLoader
 
 OURS = "featcache"
+COPY = "memcpy"
 SLOWER = 3
 """Rivals slower than the fastest by more than this in their first pass are run only once."""
 INSTALL = "pip install 'featcache[bench]'; docs/performance.md says how to add mosaicml streaming"
@@ -55,11 +56,17 @@ class _Ours:
         self.cache: Cache = make_cache(setting.folder / OURS, rows)
         self.loader = TokenLoader(self.cache, self.batch, threads=cores())
         self.passes = setting.choose(5, 1)
+        row_bytes = self.cache.images.spec.row_bytes or 0
+        self.copying = Memcpy(rows * row_bytes, self.batch * row_bytes, 4, cores())
         check_loader(self.loader)
 
     def run(self) -> float:
         """Seconds of a pass."""
         return seconds(lambda: run_passes(self.loader, self.passes)) / self.passes
+
+    def copy(self) -> float:
+        """Seconds of copying a pass's bytes in memory, which no loader can go below."""
+        return seconds(lambda: self.copying.run(self.passes)) / self.passes
 
     def installed(self, peers: Sequence[Any]) -> list[Any]:
         """The rivals that can run here; the others are named."""
@@ -77,11 +84,13 @@ class _Ours:
         """
         limit = SLOWER * min(one.tried_s for one in rivals)
         kept = {one.name: one.run for one in rivals if one.tried_s <= limit}
-        taken = in_turn(self.setting, {OURS: self.run, **kept})
+        self.copy()
+        taken = in_turn(self.setting, {OURS: self.run, COPY: self.copy, **kept})
         best = min(kept, key=lambda name: median(taken[name]))
         ratios = paired(taken[best], taken[OURS])
         return ratios, {
             "best_peer": best,
+            "most_that_memory_allows": round(median(paired(taken[best], taken[COPY])), 3),
             "ratio_to_each": {
                 one.name: round(
                     median(paired(taken[one.name], taken[OURS]))

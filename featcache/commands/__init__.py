@@ -1,0 +1,1 @@
+"""What each command parses, calls and prints; `featcache.cli` puts them together."""
