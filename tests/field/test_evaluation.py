@@ -29,7 +29,7 @@ def rows_of(results, method):
     return [line for line in results.values["rows"] if line["method"] == method]
 
 
-# A7.1: the AUROC of a label that never occurs
+# The AUROC of a label that never occurs
 
 
 def test_label_absent_from_test_is_undefined_and_leaves_the_macro_mean_alone():
@@ -62,7 +62,7 @@ def test_table_prints_undefined_with_the_counts(tmp_path):
     assert "| undefined |" in found.table.to_markdown()
 
 
-# A7.3: class names sorted as text
+# Class names sorted as text
 
 
 def test_names_stand_for_themselves_whatever_their_order(tmp_path):
@@ -93,7 +93,7 @@ def test_names_stand_for_themselves_whatever_their_order(tmp_path):
         assert max(row, key=row.get) == name
 
 
-# A7.4: one patient in all three splits
+# One patient in all three splits
 
 
 def test_patient_in_two_splits_is_refused_with_the_number_and_no_id(tmp_path):
@@ -125,7 +125,7 @@ def test_ids_that_differ_as_text_are_different_patients(tmp_path):
     assert {"23", "023", "p23"} <= set(labelled.subject_ids)
 
 
-# A7.5: bootstrap draws without positives
+# Bootstrap draws without positives
 
 
 def answers_of(positives: int) -> tuple[Judge, Answers]:
@@ -156,7 +156,7 @@ def test_no_positive_or_one_gives_no_interval(positives):
     assert bool(judge.undefined_classes()) == (positives == 0)
 
 
-# A7.6: a stratified subset with a class of one
+# A stratified subset with a class of one
 
 
 def test_class_of_one_is_in_every_subset_and_the_lists_are_hashed(tmp_path):
@@ -194,7 +194,7 @@ def test_class_missing_from_training_is_said_with_the_result(tmp_path):
     assert listed["missing_classes"] == ["pneumonia"]
 
 
-# A7.7: a probe that stops at the iteration limit
+# A probe that stops at the iteration limit
 
 
 def test_probe_on_features_of_very_different_scale_converges():
