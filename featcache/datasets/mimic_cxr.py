@@ -33,7 +33,7 @@ from featcache.datasets.mimic.reports import ReportOptions
 from featcache.datasets.mimic.tables import check_ids, find_list, read_labels, read_table
 from featcache.errors import ManifestError
 from featcache.manifest.funnel import Funnel
-from featcache.manifest.headers import read_headers
+from featcache.manifest.headers import Header, read_headers
 from featcache.manifest.splits import split_by_subject
 from featcache.manifest.table import Manifest
 
@@ -136,8 +136,9 @@ def _without_tables(
     folder: Path, images: pa.Table, policies: dict[str, str], options: Options
 ) -> pa.Table:
     """Views from the headers and splits by patient."""
-    headers = read_headers(folder, images["image_path"].to_pylist())
-    unread = sum(header is None for header in headers)
+    found = read_headers(folder, images["image_path"].to_pylist(), title="read DICOM headers")
+    headers = [header if isinstance(header, Header) else None for header in found]
+    unread = headers.count(None)
     if unread:
         note(f"files without a readable DICOM header: {unread:,}; their view is blank")
     views = pa.chunked_array([[header.view if header else "" for header in headers]], pa.string())

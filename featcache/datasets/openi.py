@@ -38,7 +38,7 @@ from featcache.datasets.indiana.reports import (
 from featcache.datasets.mimic.sections import ReportSections, Text, default_text, mgca_text
 from featcache.errors import ManifestError
 from featcache.manifest.funnel import Funnel
-from featcache.manifest.headers import read_headers
+from featcache.manifest.headers import Header, read_headers
 from featcache.manifest.splits import split_by_subject
 from featcache.manifest.table import Manifest, write_manifest
 from featcache.manifest.tree import SYNTHETIC_NOTE, is_synthetic
@@ -205,7 +205,8 @@ def _choose_views(
     if source.views:
         policies["view_position"] = "projection of the re-pack"
     elif any(path.lower().endswith(".dcm") for path in paths):
-        headers = read_headers(root, paths)
+        found = read_headers(root, paths, title="read DICOM headers")
+        headers = [header if isinstance(header, Header) else None for header in found]
         views = [header.view if header else "" for header in headers]
         kinds = Counter(header.photometric if header else "unreadable" for header in headers)
         policies["view_position"] = "from the DICOM headers"

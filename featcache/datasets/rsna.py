@@ -24,7 +24,6 @@ from pydantic import Field, model_validator
 
 from featcache.config import Config
 from featcache.console import note
-from featcache.datasets.challenge import headers as dicom
 from featcache.datasets.challenge import rsna_splits as published
 from featcache.datasets.challenge.rsna_tables import (
     CLASS_INFO,
@@ -36,6 +35,7 @@ from featcache.datasets.challenge.rsna_tables import (
 from featcache.datasets.challenge.splits import report_masks, split_by_patient_and_class
 from featcache.errors import ManifestError
 from featcache.manifest.checks import rows_text
+from featcache.manifest import headers as dicom
 from featcache.manifest.funnel import Funnel
 from featcache.manifest.masks import encode_boxes
 from featcache.manifest.table import Manifest, write_manifest
@@ -348,7 +348,9 @@ def _images(
     columns = {
         "key": [row.key for row in rows],
         "subject_id": subjects,
-        "view_position": [row.header.view for row in rows],
+        "view_position": [
+            row.header.view or row.header.described_view or None for row in rows
+        ],
         "split": splits,
         "source": ["rsna"] * len(rows),
         "image_path": [row.path for row in rows],

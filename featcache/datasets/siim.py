@@ -21,7 +21,6 @@ from pydantic import Field, model_validator
 from featcache.config import Config
 from featcache.console import note
 from featcache.datasets.challenge import gaps
-from featcache.datasets.challenge import headers as dicom
 from featcache.datasets.challenge.siim_table import Annotated, find_table, read_annotations
 from featcache.datasets.challenge.splits import (
     cut_twice,
@@ -31,6 +30,7 @@ from featcache.datasets.challenge.splits import (
 )
 from featcache.errors import ManifestError
 from featcache.manifest.checks import rows_text
+from featcache.manifest import headers as dicom
 from featcache.manifest.funnel import Funnel
 from featcache.manifest.masks import encode_runs
 from featcache.manifest.splits import list_hash
@@ -311,7 +311,9 @@ def _images(rows: Sequence[Row], splits: Sequence[str]) -> pa.Table:
     columns = {
         "key": keys,
         "subject_id": keys,
-        "view_position": [row.header.view for row in rows],
+        "view_position": [
+            row.header.view or row.header.described_view or None for row in rows
+        ],
         "split": splits,
         "source": ["siim"] * len(rows),
         "image_path": [row.path for row in rows],

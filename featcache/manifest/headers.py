@@ -1,10 +1,12 @@
-"""What the headers of many DICOM files say about their view, without their pixels.
+"""DICOM headers of many files: size, view and the meaning of grey, without the pixels.
 
-No value but these few is looked at, and none of them ever enters a message.
+No value of a header beside these leaves this module, for it may name a patient.
 """
 
+import re
 import struct
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,63 +16,88 @@ from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from featcache.manifest.tree import each_file
 
-_TAGS = ["ViewPosition", "PhotometricInterpretation", "BitsStored", "Rows", "Columns"]
-# What pydicom raises for files that are none, or are cut off anywhere.
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
+ZERO_BYTES = "file of zero bytes"
+NO_DICOM = "file is no DICOM"
+NO_HEADER = "DICOM header that cannot be read"
+_TAGS = (
+    "Rows",
+    "Columns",
+    "ViewPosition",
+    "SeriesDescription",
+    "PhotometricInterpretation",
+    "PatientID",
+)
+_VIEW = re.compile(r"\bview:\s*([A-Za-z]+)")
+# What pydicom raises for files that are none, or are cut off or changed anywhere.
+_DAMAGE = (
     AttributeError,
+    BytesLengthException,
+    EOFError,
     LookupError,
     NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
     struct.error,
-    InvalidDicomError,
-    BytesLengthException,
+    zlib.error,
 )
 
 
 class Header(NamedTuple):
-    """Some elements of one file.
+    """What one file says of itself.
 
     Attributes:
-        view: ViewPosition in capitals; empty when it is blank or missing.
-        photometric: PhotometricInterpretation; empty when it is missing.
-        bits: BitsStored; 0 when it is missing.
-        rows: Height in pixels; 0 when it is missing.
-        columns: Width in pixels; 0 when it is missing.
+        rows: Height of the stored image, in pixels.
+        columns: Width of the stored image, in pixels.
+        view: ViewPosition in capitals; empty where it is blank or missing.
+        described_view: The view that the description of the series names; empty without one.
+        photometric: PhotometricInterpretation; empty where it is missing.
+        names_file: Whether the patient's id is the file's name without its ending.
     """
 
-    view: str
-    photometric: str
-    bits: int
     rows: int
     columns: int
+    view: str
+    described_view: str
+    photometric: str
+    names_file: bool
 
 
-def read_header(path: str) -> Header | None:
-    """Read one file's header; None when it is no DICOM file or is damaged."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of values that do not fit their type
-            found = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-            return Header(
-                str(found.get("ViewPosition") or "").strip().upper(),
-                str(found.get("PhotometricInterpretation") or "").strip(),
-                int(found.get("BitsStored") or 0),
-                int(found.get("Rows") or 0),
-                int(found.get("Columns") or 0),
-            )
-    except _UNREADABLE:
-        return None
-
-
-def read_headers(root: Path, paths: Sequence[str]) -> list[Header | None]:
-    """Read the headers of many files, in the order given.
+def read_headers(root: Path, paths: Sequence[str], *, title: str) -> list[Header | str]:
+    """Read the headers of many files.
 
     Args:
-        root: Folder that relative paths start from.
+        root: Folder that the paths start from.
         paths: Files of any kind.
+        title: What the progress is called.
+
+    Returns:
+        For each path, in the order given, its header, or the reason why there is none.
     """
     full = [f"{root}/{path}" for path in paths]
-    return list(each_file(read_header, full, title="read DICOM headers", unit="images"))
+    # Around all threads, not in each: the filters are those of the whole process, and a warning
+    # about a value that does not fit its type would quote the value.
+    with warnings.catch_warnings(action="ignore"):
+        return list(each_file(_read_header, full, title=title, unit="headers"))
+
+
+def _read_header(name: str) -> Header | str:
+    """One header, or the reason why there is none."""
+    path = Path(name)
+    try:
+        if not path.stat().st_size:
+            return ZERO_BYTES
+        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
+        rows, columns = int(dataset.Rows), int(dataset.Columns)
+        view = str(dataset.get("ViewPosition") or "").strip().upper()
+        described = _VIEW.search(str(dataset.get("SeriesDescription") or ""))
+        photometric = str(dataset.get("PhotometricInterpretation") or "").strip()
+        named = str(dataset.get("PatientID") or "").strip()
+    except InvalidDicomError:
+        return NO_DICOM
+    except _DAMAGE:
+        return NO_HEADER
+    if rows < 1 or columns < 1:
+        return NO_HEADER
+    described_view = described[1].upper() if described else ""
+    return Header(rows, columns, view, described_view, photometric, named == path.stem)

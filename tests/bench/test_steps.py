@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from featcache.adaptor.model import AdaptorConfig
-from featcache.bench.groups.gather import _Memcpy
+from featcache.bench.groups.gather import Memcpy
 from featcache.bench.groups.online import GRID, PATCHES, _budget, _flops
 from featcache.bench.sets import make_cache
 from featcache.bench.steps import Training, copy_batch, random_batch
@@ -47,7 +47,7 @@ def test_a_copied_batch_stays_when_the_loader_goes_on(tmp_path):
 
 
 def test_every_byte_is_copied_also_where_the_last_buffer_is_not_full():
-    copying = _Memcpy(total=2500, buffer_bytes=1000, buffers=4, threads=2)
+    copying = Memcpy(total=2500, buffer_bytes=1000, buffers=4, threads=2)
     for target in copying._targets:
         target[:] = 0
     copying.run(1)
