@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Int64
 from pydantic import Field
 
 from featcache.config import Config, replace_file
@@ -152,12 +153,12 @@ def _read_table(folder: Path, name: str) -> pa.Table | None:
             where=folder,
             fix="pass the folder of CheXpert that holds train.csv and valid.csv",
         )
-    cells = _cells(path, has_views=name != "test")
-    problems: list[str] = []
+    cells, numbers = _cells(path, has_views=name != "test")
+    problems = _kind_problems(cells, numbers)
     paths = pc.replace_substring_regex(cells["Path"], r"^.*?((?:train|valid|test)/)", r"\1")
     is_wrong = pc.invert(pc.match_substring_regex(paths, _PATH)).to_numpy()
     if is_wrong.any():
-        rows = np.flatnonzero(is_wrong) + 2
+        rows = numbers[is_wrong]
         raise ManifestError(
             f"`Path` is not `train/patient00001/study1/view1_frontal.jpg`: {rows_text(rows)}",
             where=path,
@@ -171,12 +172,12 @@ def _read_table(folder: Path, name: str) -> pa.Table | None:
         "source": pa.array(["chexpert"] * len(parts), pa.string()),
         "image_path": paths,
         "list": pa.array([name] * len(parts), pa.string()),
-        "row": pa.array(np.arange(2, len(parts) + 2)),
+        "row": pa.array(numbers),
     }
     values = pa.array([*_CELLS.values(), None], pa.int8())
     for label in LABELS:
         place = pc.index_in(cells[label], pa.array([*_CELLS, ""]))
-        rows = np.flatnonzero(pc.is_null(place).to_numpy()) + 2
+        rows = numbers[pc.is_null(place).to_numpy()]
         if len(rows):
             problems.append(f"`{label}` is none of 1.0, 0.0, -1.0, blank: {rows_text(rows)}")
         columns[f"label:{label}"] = values.take(place.combine_chunks())
@@ -185,8 +186,21 @@ def _read_table(folder: Path, name: str) -> pa.Table | None:
     return pa.table(columns)
 
 
-def _cells(path: Path, *, has_views: bool) -> dict[str, pa.ChunkedArray]:
-    """The columns that are needed, as stripped text.
+def _kind_problems(
+    cells: dict[str, pa.ChunkedArray], numbers: Int64[np.ndarray, " N"]
+) -> list[str]:
+    """Rows that are neither frontal nor lateral: they would pass for frontal ones."""
+    if "Frontal/Lateral" not in cells:
+        return []
+    known = pc.is_in(pc.utf8_lower(cells["Frontal/Lateral"]), pa.array(["frontal", "lateral"]))
+    rows = numbers[~known.to_numpy()]
+    return [f"`Frontal/Lateral` is neither of the two: {rows_text(rows)}"] if len(rows) else []
+
+
+def _cells(
+    path: Path, *, has_views: bool
+) -> tuple[dict[str, pa.ChunkedArray], Int64[np.ndarray, " N"]]:
+    """The columns that are needed, as stripped text, and the row numbers.
 
     Raises:
         ManifestError: One is missing.
@@ -201,10 +215,11 @@ def _cells(path: Path, *, has_views: bool) -> dict[str, pa.ChunkedArray]:
             where=path,
         )
     sheet = read_sheet(path, [names[name.casefold()] for name in wanted])
-    return {
+    cells = {
         name: pc.utf8_trim_whitespace(sheet.columns[names[name.casefold()]]).cast(pa.string())
         for name in wanted
     }
+    return cells, sheet.numbers
 
 
 def _views(cells: dict[str, pa.ChunkedArray], parts: Sequence[Sequence[str]]) -> pa.Array:

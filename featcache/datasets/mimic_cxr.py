@@ -116,8 +116,11 @@ def _read_records(folder: Path, funnel: Funnel) -> tuple[pa.Table, dict[str, str
     studies = find_list(folder, "cxr-study-list")
     if studies is None:
         return images, {"study_list": "missing"}
-    listed = read_table(studies, ["subject_id", "study_id"])
-    check_ids(listed, studies)
+    try:
+        listed = read_table(studies, ["study_id"])
+    except ManifestError as error:  # only to compare with, so no reason to stop
+        note(f"{studies.name} was not compared with the images: {error.what}")
+        return images, {"study_list": "not readable"}
     without = pc.count_distinct(
         images["study_id"].filter(pc.invert(pc.is_in(images["study_id"], listed["study_id"])))
     ).as_py()

@@ -58,8 +58,8 @@ NOTE_LABELS = (
 )
 NOTE_TERMS = "Link to, cite and acknowledge the NIH Clinical Center as the source of the images."
 NOTE_OVERLAP = (
-    "RSNA, SIIM and COVIDx took images from this collection: never train on one and test on "
-    "another of them."
+    "RSNA and COVIDx took images from this collection, and of SIIM it has to be assumed: never "
+    "train on one and test on another of them."
 )
 NOTE_SPLIT = "The splits are ours, by patient: the official lists were not there."
 _NAME = r"^\d{8}_\d{3}\.png$"
@@ -247,6 +247,18 @@ def _with_files(folder: Path, images: pa.Table, funnel: Funnel) -> tuple[pa.Tabl
     return kept, [name for name, gone in zip(names, is_missing, strict=True) if gone]
 
 
+def _read_list(path: Path) -> set[str]:
+    """The names of an official list.
+
+    Raises:
+        ManifestError: It is no text.
+    """
+    try:
+        return set(path.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError):
+        raise ManifestError("the official list cannot be read as text", where=path) from None
+
+
 def _with_split(
     folder: Path, images: pa.Table, funnel: Funnel, options: Options
 ) -> tuple[pa.Table, str, bool]:
@@ -258,7 +270,7 @@ def _with_split(
         policy = f"by patient, 0.7/0.1/0.2 of them, seed {options.seed}"
         images = images.append_column("split", pa.array(splits, pa.string()))
         return images, policy, options.split == "patient"
-    train, test = (set(path.read_text(encoding="utf-8-sig").split()) for path in lists)
+    train, test = (_read_list(path) for path in lists)
     if train & test:
         raise ManifestError(
             f"{len(train & test):,} images are in both official lists", where=folder

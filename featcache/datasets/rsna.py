@@ -34,8 +34,8 @@ from featcache.datasets.challenge.rsna_tables import (
 )
 from featcache.datasets.challenge.splits import report_masks, split_by_patient_and_class
 from featcache.errors import ManifestError
-from featcache.manifest.checks import rows_text
 from featcache.manifest import headers as dicom
+from featcache.manifest.checks import rows_text
 from featcache.manifest.funnel import Funnel
 from featcache.manifest.masks import encode_boxes
 from featcache.manifest.table import Manifest, write_manifest
@@ -155,7 +155,7 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
 
 def _patients(folder: Path, given: Path | None, labelled: Mapping[str, Labelled]) -> Patients:
     """Find out whose images they are."""
-    path = given
+    path = given and given.expanduser()
     if path is None and (folder / MAPPING).is_file():
         path = folder / MAPPING
     if path is None:
@@ -348,9 +348,7 @@ def _images(
     columns = {
         "key": [row.key for row in rows],
         "subject_id": subjects,
-        "view_position": [
-            row.header.view or row.header.described_view or None for row in rows
-        ],
+        "view_position": [row.header.view or row.header.described_view or None for row in rows],
         "split": splits,
         "source": ["rsna"] * len(rows),
         "image_path": [row.path for row in rows],

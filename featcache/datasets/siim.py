@@ -29,8 +29,8 @@ from featcache.datasets.challenge.splits import (
     split_by_patient_and_class,
 )
 from featcache.errors import ManifestError
-from featcache.manifest.checks import rows_text
 from featcache.manifest import headers as dicom
+from featcache.manifest.checks import rows_text
 from featcache.manifest.funnel import Funnel
 from featcache.manifest.masks import encode_runs
 from featcache.manifest.splits import list_hash
@@ -146,7 +146,7 @@ def _restrict(
     if only is None:
         return images, "all of the table"
     try:
-        listed = set(only.read_text(encoding="utf-8-sig").split())
+        listed = set(only.expanduser().read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError):
         raise ManifestError("the list of image ids cannot be read", where=only) from None
     kept = {key: image for key, image in images.items() if key in listed}
@@ -311,9 +311,7 @@ def _images(rows: Sequence[Row], splits: Sequence[str]) -> pa.Table:
     columns = {
         "key": keys,
         "subject_id": keys,
-        "view_position": [
-            row.header.view or row.header.described_view or None for row in rows
-        ],
+        "view_position": [row.header.view or row.header.described_view or None for row in rows],
         "split": splits,
         "source": ["siim"] * len(rows),
         "image_path": [row.path for row in rows],

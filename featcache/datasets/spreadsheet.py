@@ -5,7 +5,9 @@
     key               identity of the image; without this column it is made from `image_path`: the
                       path relative to `image_root`, or its hash when it is longer than 128 bytes
     subject_id        the patient; without it the study, without that each image is its own patient
-    study_id, view_position, source, mask_path
+    study_id, view_position, source
+    mask_path         a picture of the size of the image, not zero where something is; becomes the
+                      manifest's `mask`; blank: not annotated
     split             train, validate (or val, valid, validation), test; without it by patient
     report or text    several texts of an image stand in several rows
     label:NAME        a label; columns named by `labels` are labels too
@@ -28,6 +30,7 @@ from featcache.console import note
 from featcache.errors import ManifestError, UsageError, nearest
 from featcache.manifest.checks import (
     LABEL_PREFIX,
+    MASK_COLUMN,
     MAX_KEY_BYTES,
     ROW_COLUMN,
     conflict_sentence,
@@ -134,6 +137,7 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
     images = _merge_images(rows, funnel, folder)
     rows = _Rows(rows.images.select(["key"]), rows.texts)
     images = _drop_missing_files(images, funnel, root)
+    _tell_missing_masks(images, root)
     images = _with_labels(images, policies, folder)
     images = _with_splits(images, policies, options)
     texts = _join_texts(rows, images, funnel)
@@ -264,7 +268,11 @@ def _clean(
     words = (*BLANK_WORDS, "none")
     columns: dict[str, pa.ChunkedArray] = {}
     for field, name in fields.items():
-        if field.endswith("_path"):
+        if field == "mask_path":
+            paths = _path_or_null(sheet.columns[name], root)
+            parts = (pa.scalar("file:", paths.type), paths, pa.scalar("", paths.type))
+            columns[MASK_COLUMN] = pc.binary_join_element_wise(*parts)
+        elif field == "image_path":
             columns[field] = _path_or_null(sheet.columns[name], root)
         elif field != "text":
             columns[field] = _text_or_null(sheet.columns[name], words)
@@ -398,6 +406,17 @@ def _drop_missing_files(images: pa.Table, funnel: list[FunnelStep], root: Path) 
     dropped = {"file missing": len(present) - count} if count < len(present) else {}
     funnel.append(FunnelStep(name="images with a file", count=count, dropped=dropped))
     return images.filter(present)
+
+
+def _tell_missing_masks(images: pa.Table, root: Path) -> None:
+    """Name the rows whose mask is not there."""
+    if MASK_COLUMN not in images.column_names:
+        return
+    named = images.filter(pc.is_valid(images[MASK_COLUMN]))
+    paths = [one.removeprefix("file:") for one in named[MASK_COLUMN].to_pylist()]
+    missing = named[ROW_COLUMN].to_numpy()[~files_present(root, paths)]
+    if len(missing):
+        note(f"the mask's file is missing: {rows_text(missing)}")
 
 
 def _with_labels(images: pa.Table, policies: dict[str, str], where: Path) -> pa.Table:

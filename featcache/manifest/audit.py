@@ -192,7 +192,7 @@ def _copies(manifest: Manifest, groups: Sequence[Sequence[str]]) -> Iterator[Fin
         for path, subject, split in zip(*(one.to_pylist() for one in columns), strict=True):
             if path in wanted:
                 people[path].add(subject)
-                splits[path].add(str(split))
+                splits[path] |= {split} - {None}
     copies = sum(len(group) - 1 for group in groups)
     yield _finding(
         8,
@@ -254,7 +254,8 @@ def _reports(manifest: Manifest) -> Iterator[Finding]:
     image = pc.index_in(manifest.texts["key"], manifest.images["key"].combine_chunks())
     split = manifest.images["split"].combine_chunks().dictionary_encode()
     code = split.indices.fill_null(-1).to_numpy()[image.to_numpy()]
-    pairs = np.unique(np.stack([letters[of_pair], code.astype(np.int64)], axis=1), axis=0)
+    pairs = np.stack([letters[of_pair], code.astype(np.int64)], axis=1)
+    pairs = np.unique(pairs[code >= 0], axis=0)  # no split is not a split
     crossing = int(np.count_nonzero(np.unique(pairs[:, 0], return_counts=True)[1] > 1))
     unit = manifest.texts["unit"][0].as_py()
     sentence = f"{crossing:,} {unit} texts with the same letters are in more than one split"
@@ -270,7 +271,12 @@ def _overlap(manifest: Manifest, others: Mapping[str, Path]) -> Iterator[Finding
     """Check 9: names of image files that other data sets know too."""
     mine = _stems(manifest.images["image_path"])
     for name, folder in sorted(others.items()):
-        paths = pq.read_table(folder / "images.parquet", columns=["image_path"])["image_path"]
+        try:
+            paths = pq.read_table(folder / "images.parquet", columns=["image_path"])["image_path"]
+        except (pa.ArrowException, OSError):
+            text = f"the manifest {name} cannot be read and was not compared with"
+            yield _finding(9, 1, text)
+            continue
         shared = mine & _stems(paths)
         text = f"{len(shared):,} images have the name of an image of the manifest {name}"
         yield _finding(9, len(shared), text, shared)
@@ -340,6 +346,8 @@ def _cross(name: str, by: str, classes: Sequence[str], column: pa.ChunkedArray) 
     table: dict[str, Counter[str]] = defaultdict(Counter)
     for one, group in zip(classes, column.to_pylist(), strict=True):
         table[str(group)][one] += 1
+    if len(table) > _MAX_CLASSES:  # a column that may name anything, even patients
+        return f"{name} by {by}: {len(table):,} different values, too many to list"
     rows = [
         f"{group} ({', '.join(f'{one} {count:,}' for one, count in sorted(counts.items()))})"
         for group, counts in sorted(table.items())

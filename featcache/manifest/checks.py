@@ -33,7 +33,7 @@ IMAGE_COLUMNS = {
     "image_path": True,
 }
 MASK_COLUMN = "mask"  # see `masks.py`
-MASK_PATH_COLUMN = "mask_path"
+MASK_PATH_COLUMN = "mask_path"  # of older manifests; nothing reads it
 MASK_COLUMNS = (MASK_PATH_COLUMN, MASK_COLUMN)
 ROW_COLUMN = "row"
 # Text is 64-bit addressed: a million reports can pass the 2 GiB that a 32-bit column holds.

@@ -3,11 +3,13 @@
 No value of a header beside these leaves this module, for it may name a patient.
 """
 
+import logging
 import re
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,10 +77,27 @@ def read_headers(root: Path, paths: Sequence[str], *, title: str) -> list[Header
         For each path, in the order given, its header, or the reason why there is none.
     """
     full = [f"{root}/{path}" for path in paths]
-    # Around all threads, not in each: the filters are those of the whole process, and a warning
-    # about a value that does not fit its type would quote the value.
-    with warnings.catch_warnings(action="ignore"):
+    with _silence():
         return list(each_file(_read_header, full, title=title, unit="headers"))
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warning and no log line of pydicom: about a value that does not fit, they quote it.
+
+    Around all threads, not in each of them: both filters are those of the whole process.
+    """
+    logger = logging.getLogger("pydicom")
+
+    def drop(_: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(drop)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.removeFilter(drop)
 
 
 def _read_header(name: str) -> Header | str:

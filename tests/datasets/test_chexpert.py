@@ -124,6 +124,7 @@ def test_paths_may_begin_with_either_name_or_none(tree):
         ("/patient9", "/person9", "`Path` is not `train/patient00001/study1/view1_frontal.jpg`"),
         ("-1.0", "2.0", r"is none of 1.0, 0.0, -1.0, blank: row \d+"),
         ("Frontal/Lateral", "View", "no column `Frontal/Lateral`"),
+        (",Frontal,", ",,", "`Frontal/Lateral` is neither of the two: row 2"),
     ],
 )
 def test_a_table_that_is_not_what_it_should_be(tree, old, new, message):
@@ -131,6 +132,13 @@ def test_a_table_that_is_not_what_it_should_be(tree, old, new, message):
     with pytest.raises(ManifestError, match=message) as caught:
         read(tree)
     assert "patient90" not in str(caught.value)
+
+
+def test_rows_are_counted_with_blank_lines(tree):
+    edit(tree, "\n", "\n\n\n")
+    edit(tree, ",Frontal,", ",Oblique,")
+    with pytest.raises(ManifestError, match=r"neither of the two: row 4\n"):
+        read(tree)
 
 
 def test_contradicting_rows_and_missing_tables_and_images(tree):

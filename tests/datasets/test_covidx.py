@@ -303,6 +303,18 @@ def test_a_published_validation_list_is_kept(tmp_path):
     assert covidx.NOTE_VALIDATE not in made.meta.notes
 
 
+def test_the_split_of_mgca_knows_no_third_list_and_needs_lines(tmp_path):
+    tree = make(tmp_path / "a", version="")
+    (tree / "val.txt").write_text("v1 v1.png pneumonia rsna\n")
+    (tree / "val").mkdir()
+    (tree / "val" / "v1.png").touch()
+    message = refused(tree, "split=mgca")
+    assert "version plain has a third" in message
+    assert "--set split=ours" in message
+    short = make(tmp_path / "b", train="n1 n1.png normal rsna\n")
+    assert "the train list is too short to be split" in refused(short, "split=mgca")
+
+
 def test_a_folder_without_lists_says_what_is_wanted(tmp_path):
     message = refused(tmp_path)
     assert "no train list with a test list of the same version" in message

@@ -106,6 +106,38 @@ def test_an_archive_that_is_cut_off_is_named(tree, tmp_path, kept_bytes):
         read_tree(tree, tmp_path)
 
 
+def test_an_archive_with_a_damaged_or_locked_member_is_named(tree, tmp_path):
+    archive = tree / "mimic-cxr-reports.zip"
+    whole = archive.read_bytes()
+    with zipfile.ZipFile(archive) as opened:
+        members = opened.infolist()
+    start = members[3].header_offset + 30 + len(members[3].filename)
+    damaged = whole[:start] + b"\xff" * 20 + whole[start + 20 :]
+    locked = bytearray(whole)
+    at = -1
+    for _ in members:  # the flag of an encrypted member, in both of its headers
+        at = locked.index(b"PK\x01\x02", at + 1)
+        locked[at + 8] |= 1
+    for one in members:
+        locked[one.header_offset + 6] |= 1
+    for content in (damaged, bytes(locked)):
+        archive.write_bytes(content)
+        with pytest.raises(ManifestError, match="archive of reports cannot be read"):
+            read_tree(tree, tmp_path)
+
+
+def test_a_list_of_studies_of_another_form_stops_nothing(tree, tmp_path, capsys):
+    path = tree / "cxr-study-list.csv.gz"
+    assert path.is_file()
+    before = read_tree(tree, tmp_path / "a")
+    path.unlink()
+    (tree / "cxr-study-list.csv").write_text("subject,study,path\n1,2,3\n")
+    made = read_tree(tree, tmp_path / "b")
+    assert made.images.equals(before.images)
+    assert made.meta.policies["study_list"] == "not readable"
+    assert "cxr-study-list.csv was not compared with the images" in capsys.readouterr().err
+
+
 def test_no_reports_and_no_list_say_so(tree, tmp_path):
     (tree / "mimic-cxr-reports.zip").unlink()
     with pytest.raises(ManifestError, match=r"0 of \d\d studies have a report") as caught:

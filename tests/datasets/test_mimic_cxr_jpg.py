@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from featcache.config import read_json, validate
+from featcache.datasets.mimic.tables import read_labels
 from featcache.datasets.mimic_cxr_jpg import LABELS, Options, read
 from featcache.errors import ConfigError, FeatcacheError, ManifestError
 from featcache.manifest.table import Manifest
@@ -251,6 +252,15 @@ def test_missing_label_table_offers_to_go_without(tree):
 def test_missing_column_names_what_was_seen(tree):
     edit_table(tree, "metadata", lambda ls: [ls[0].replace("ViewPosition", "View"), *ls[1:]])
     assert failure(tree).what.startswith("the table has no column `ViewPosition`; did you mean")
+
+
+def test_a_header_that_is_none_and_a_label_table_without_rows(tree):
+    edit_table(tree, "chexpert", lambda ls: ls[:1])
+    labels = read_labels(tree, "chexpert")
+    assert labels.num_rows == 0
+    assert {str(labels[name].type) for name in LABELS} == {"int8"}
+    edit_table(tree, "metadata", lambda ls: ["x" * 200_000])
+    assert failure(tree).what.startswith("the table cannot be read")
 
 
 def test_line_with_too_few_fields_is_named_by_its_number(tree):

@@ -98,6 +98,8 @@ def test_header_needs_its_leading_space():
         ("ADDENDUM TO CHEST", "addendum"),
         ("INDICATION FOR CHEST EXAM", "findings"),
         ("PA AND LAT", "findings"),
+        ("AP AND LATERAL", "findings"),
+        ("AP AND LAT", "ap and lat"),  # the published rules do not know it
         ("SUPINE FRONTAL VIEW", "findings"),
         ("AP VIEWS", "findings"),
         ("FRONTAL SEMI-UPRIGHT", "findings"),

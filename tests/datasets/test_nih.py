@@ -99,6 +99,9 @@ def test_images_in_no_list_are_dropped_and_in_both_refused(tree):
     test.write_text(test.read_text() + "\n" + rest[0])
     with pytest.raises(ManifestError, match="1 images are in both official lists"):
         read(tree)
+    test.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ManifestError, match="official list cannot be read"):
+        read(tree)
 
 
 @pytest.mark.parametrize(

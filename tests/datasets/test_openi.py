@@ -243,6 +243,13 @@ def test_tables_of_the_repack_name_what_is_wrong(trees, tmp_path):
     table.write_text("\n".join(["uid,filename,view", *lines[1:]]) + "\n")
     with pytest.raises(ManifestError, match="no column `projection`; it has `uid`"):
         read_tree(tree, tmp_path)
+    table.write_text("\n".join(lines) + "\n")
+    reports = tree / "indiana_reports.csv"
+    header, first, *rest = reports.read_text().splitlines()
+    number, comma, cells = first.partition(",")
+    reports.write_text("\n".join([header, f"{number}.0{comma}{cells}", *rest]) + "\n")
+    with pytest.raises(ManifestError, match="`uid` is no whole number: row 2"):
+        read_tree(tree, tmp_path)
 
 
 def test_one_image_has_one_name_in_all_forms():

@@ -384,9 +384,16 @@ def test_a_mapping_that_cannot_be_is_refused(tmp_path, mapping, message):
     assert message in refused(make(tmp_path / "rsna", ROWS, mapping=mapping))
 
 
+@pytest.mark.parametrize("split", ["mgca-cls", "mgca-seg", "benchx"])
+def test_a_published_split_of_too_few_images_is_refused(tmp_path, split):
+    few = make(tmp_path / "rsna", [(1, None), (2, BOX)])
+    assert "cannot be made of so few: 2" in refused(few, f"split={split}")
+
+
 def test_a_mapping_elsewhere_is_used_and_a_missing_one_refused(tree, tmp_path):
     path = tmp_path / "elsewhere.json"
     assert "the mapping is missing" in refused(tree, f"nih_mapping={path}")
+    assert "the mapping cannot be read" in refused(tree, f"nih_mapping={tmp_path}")
     entries = [{"subset_img_id": uuid(n), "img_id": f"0009000{n // 2}_00{n}.png"}
                for n in range(2, 10)]  # fmt: skip
     path.write_text(json.dumps(entries))

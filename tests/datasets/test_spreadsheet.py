@@ -1,15 +1,18 @@
 """Tables that people really have."""
 
 import csv
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from contracts.dataset_contract import DatasetContract
+from PIL import Image
 
 from featcache.config import load_config
 from featcache.datasets import spreadsheet
 from featcache.errors import ConfigError, ManifestError, UsageError
+from featcache.manifest.masks import decode_mask
 from featcache.manifest.splits import split_by_subject
 from featcache.manifest.table import text_id
 
@@ -349,13 +352,24 @@ def test_an_empty_label_column_labels_nothing(place):
     assert made.images["label:Edema"].to_pylist() == [None] * NUM
 
 
-def test_masks_and_sources_are_taken(place):
+def test_masks_and_sources_are_taken(place, capsys):
     rows = [
         row | {"mask_path": "masks\\m.png" if n else "", "source": "here" if n else ""}
         for n, row in enumerate(base())
     ]
+    (place / "masks").mkdir()
+    Image.new("L", (4, 3), 255).save(place / "masks" / "m.png")
     made = read(save(place, rows))
-    assert made.images["mask_path"].to_pylist()[:2] == [None, "masks/m.png"]
+    masks = made.images["mask"].to_pylist()
+    assert masks[:2] == [None, "file:masks/m.png"]
+    assert decode_mask(masks[1], Path(made.meta.image_root)).all()
+    assert "mask_path" not in made.images.column_names
+    assert "mask's file" not in capsys.readouterr().err
+    (place / "masks" / "m.png").unlink()
+    read(save(place, rows))
+    assert "the mask's file is missing: rows 3, 4, 5, 6, 7 and 2 more" in capsys.readouterr().err
+    outside = refused(save(place, [row | {"mask_path": "../m.png"} for row in base()]))
+    assert "`mask` names no file below the image root: rows 2, 3, 4" in outside
     assert made.images["source"].to_pylist()[:2] == ["spreadsheet", "here"]
 
 

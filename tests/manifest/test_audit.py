@@ -107,6 +107,15 @@ def test_texts_with_the_same_letters_across_splits(tmp_path):
     assert found(findings, 13, "mark ___").count == 1
 
 
+def test_images_without_a_split_cross_none(tmp_path):
+    rows = [{}, {"split": None}, {"split": None}]
+    texts = [(f"k{number}", "Clear lungs.") for number in range(3)]
+    findings = audit(made(tmp_path, rows, texts, k0=PNG, k1=PNG))
+    assert found(findings, 8, "same letters").count == 0
+    assert found(findings, 8, "more than one of the splits").count == 0
+    assert found(findings, 8, "more than one of the patients").count == 1
+
+
 def test_views_that_are_blank_or_not_frontal(tmp_path):
     views = ("PA", "AP Supine", "frontal (by eye)", None, "LATERAL", "AP AXIAL", "LL", "PADDED")
     findings = audit(made(tmp_path, [{"view_position": view} for view in views]))
@@ -136,6 +145,14 @@ def test_a_source_that_tells_the_class_is_a_warning(tmp_path):
     assert found(findings, 14, "by source").text == "class by source: a (ill 4); b (well 2)"
 
 
+def test_a_source_with_many_values_is_not_listed(tmp_path):
+    rows = [{"source": f"s{number}", "label:class": "x"} for number in range(30)]
+    findings = audit(made(tmp_path, rows))
+    assert found(findings, 14, "by source").text == (
+        "class by source: 30 different values, too many to list"
+    )
+
+
 def test_names_shared_with_another_data_set(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -144,6 +161,11 @@ def test_names_shared_with_another_data_set(tmp_path):
     findings = audit(mine, {"other": other.folder})
     shared = found(findings, 9, "manifest other")
     assert (shared.count, shared.examples, shared.level) == (2, ["q", "r"], "warning")
+    (other.folder / "images.parquet").write_bytes(b"PAR1")
+    for _ in range(2):
+        lost = found(audit(mine, {"other": other.folder}), 9, "manifest other")
+        assert "cannot be read" in lost.text
+        (other.folder / "images.parquet").unlink(missing_ok=True)
 
 
 def test_masks_are_counted(tmp_path):

@@ -137,6 +137,10 @@ def read_mapping(path: Path) -> dict[str, str]:
         raise ManifestError(
             "the mapping is missing", where=path, fix="--set nih_mapping=FILE, or leave it out"
         ) from None
+    except OSError as error:
+        raise ManifestError(
+            f"the mapping cannot be read: {error.strerror}", where=path, fix="name the JSON file"
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise ManifestError(
             "the mapping is no JSON list of objects with `subset_img_id` and `img_id`", where=path

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from featcache.console import note
+from featcache.errors import ManifestError
 from featcache.manifest.splits import SPLIT_NAMES, label_fraction
 
 
@@ -60,6 +61,9 @@ def cut_twice(
 
     Returns:
         The large list, and the first and second half of the rest, each in the order of the split.
+
+    Raises:
+        ManifestError: There are too few ids, or too few of a class, to be cut twice.
     """
     from sklearn.model_selection import train_test_split  # noqa: PLC0415 - takes a second
 
@@ -70,8 +74,15 @@ def cut_twice(
         )
         return first, second
 
-    large, rest = cut(ids, size)
-    return large, *cut(rest, 0.5)
+    try:
+        large, rest = cut(ids, size)
+        return large, *cut(rest, 0.5)
+    except ValueError:
+        raise ManifestError(
+            f"a published split cannot be made of so few: {len(ids):,}",
+            where="its recipe, which cuts the list twice",
+            fix="--set split=ours",
+        ) from None
 
 
 def sklearn_version() -> str:

@@ -44,11 +44,22 @@ def split_as_mgca(
         where: The lists, for a message.
 
     Raises:
-        ManifestError: The published lists give another split than published.
+        ManifestError: The published lists give another split than published, there is a
+            validation list, or the train list is too short to be cut.
     """
     from sklearn.model_selection import train_test_split  # noqa: PLC0415 - takes a second
 
+    if any(entry.list_name == "val" for entry in entries):
+        raise ManifestError(
+            f"MGCA's split is made of a train list and a test list, version {version} has a third",
+            where=where,
+            fix="--set split=ours, which keeps the published validation list",
+        )
     listed = [entry for entry in entries if entry.list_name == "train"]
+    if len(listed) < 2:
+        raise ManifestError(
+            "the train list is too short to be split", where=where, fix="use the whole list"
+        )
     train, validate = train_test_split(listed, train_size=0.8, random_state=0)
     test = [entry for entry in entries if entry.list_name == "test"]
     parts: dict[str, list[Entry]] = {"train": train, "validate": validate, "test": test}

@@ -22,6 +22,7 @@ REMOVED = re.compile(r"X{4,}")
 IMAGE_NAME = re.compile(r"(\.dcm)?\.(png|jpe?g|dcm)$", re.IGNORECASE)
 SECTIONS = ("comparison", "indication", "findings", "impression")
 _MAX_XML_BYTES = 1 << 20
+_UID = re.compile(r"[0-9]+")
 _NOT_LETTERS = re.compile(r"[\W\d_]+")
 
 
@@ -96,7 +97,7 @@ def find_source(folder: Path, form: str) -> Path:
     raise ManifestError(
         "there are no " + wanted.get(form, " and no ".join(wanted.values())),
         where=folder,
-        fix="unpack NLMCXR_reports.tgz of Open-I there, or the CSV re-pack",
+        fix="unpack the reports of Open-I there, or the CSV re-pack",
     )
 
 
@@ -185,11 +186,20 @@ def read_tables(folder: Path) -> Source:
     """Read the two tables of the re-pack.
 
     Raises:
-        ManifestError: A column is missing, an image belongs to no report, or rows contradict.
+        ManifestError: A column is missing, an id is no whole number, an image belongs to no
+            report, or rows contradict.
     """
     table, pictures = folder / REPORT_TABLE, folder / IMAGE_TABLE
     reports = _columns(table, ("uid", "MeSH", *SECTIONS))
     images = _columns(pictures, ("uid", "filename", "projection"))
+    strange = [row for row, uid in enumerate(reports["uid"], start=2) if not _UID.fullmatch(uid)]
+    if strange:
+        raise ManifestError(
+            f"`uid` is no whole number: {rows_text(strange)}",
+            where=table,
+            fix="use the table as published: a number with a decimal point was read and written "
+            "by some program",
+        )
     of_report: dict[str, list[str]] = {uid: [] for uid in reports["uid"]}
     lost = [row for row, uid in enumerate(images["uid"], start=2) if uid not in of_report]
     if lost:

@@ -3,6 +3,7 @@
 import re
 import threading
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from featcache.errors import ManifestError
 from featcache.manifest.tree import each_file
 from featcache.manifest.units import TextOptions
 
+# What zipfile raises for members that are damaged, locked or packed otherwise; it names the member.
+_BAD_MEMBER = (OSError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError)
 NO_FILE = "no report file"
 ARCHIVE = "mimic-cxr-reports.zip"
 _DECIMAL = re.compile(r"[0-9]\.[0-9]")
@@ -122,7 +125,7 @@ def _archive_reader(path: Path, names: Sequence[str]) -> Callable[[str], bytes |
         try:
             with lock:
                 return archive.read(prefix + name)
-        except (OSError, zipfile.BadZipFile, EOFError):
+        except _BAD_MEMBER:
             raise damaged from None
 
     return read

@@ -52,7 +52,7 @@ _EXACT = {
 }
 _CONTAINED = ("impression", "findings", "history", "comparison", "addendum")  # in this order
 _FINDINGS_TITLE = re.compile(
-    r"chest|portable|(?:pa|ap) and lat(?:eral)?|lateral and (?:pa|ap)|frontal and|two views"
+    r"chest|portable|pa and lat|ap and lateral|lateral and (?:pa|ap)|frontal and|two views"
     r"|(?:frontal|pa|ap|one|lateral) view|bone window|frontal (?:semi-)?upright|ribs"
 )
 

@@ -91,7 +91,7 @@ def read_table(path: Path, columns: Sequence[str], *, optional: Sequence[str] = 
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             header = next(csv.reader(file), [])
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error):
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error):
         raise damaged from None
     actual = {name.strip().casefold(): name.removeprefix("\ufeff") for name in header}
     missing = [name for name in columns if name.casefold() not in actual]
@@ -183,7 +183,7 @@ def read_labels(folder: Path, kind: str) -> pa.Table | None:
         rows = np.flatnonzero(pc.is_null(place).to_numpy())
         if len(rows):
             problems.append(f"`{name}` is none of 1.0, 0.0, -1.0, blank: {rows_text(rows + 1)}")
-        columns[name] = pa.chunked_array([values.take(chunk) for chunk in place.chunks])
+        columns[name] = pa.chunked_array([values.take(chunk) for chunk in place.chunks], pa.int8())
     if problems:
         raise ManifestError("\n  ".join(problems), where=path)
     return distinct(pa.table(columns), "study_id", LABELS, path)
