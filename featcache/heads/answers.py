@@ -150,10 +150,11 @@ def source_answers(labelled: LabelledImages, members: Sequence[Int64[np.ndarray,
 def _frequencies(
     labelled: LabelledImages, own: Int64[np.ndarray, " _"], whole: Int64[np.ndarray, " _"]
 ) -> Float64[np.ndarray, " C"]:
-    """How common the classes are in some images; in the whole subset where there is none."""
+    """How common the classes are in some images; in the whole subset where none is known there."""
     some = own if len(own) else whole
     if labelled.of_findings:
-        return _finding_rates(labelled.targets[some])
+        rates, known = _finding_rates(labelled.targets[some]), (labelled.targets[some] >= 0).any(0)
+        return np.where(known, rates, _finding_rates(labelled.targets[whole]))
     counts = np.bincount(labelled.targets[some], minlength=len(labelled.classes))
     return np.asarray(counts / len(some), dtype=np.float64)
 

@@ -408,7 +408,8 @@ def ground_workspace(
         config = config.model_copy(update=_phrases_of(sentences, name))
     images = FeatureSet.open(chosen)
     request = run_request(workspace, str(folder), "text")
-    out = inputs.results_folder(workspace, folder) / "ground" / f"{table.name}-{name}"
+    # Other phrases are another request to the same folder: else they could be chosen on test.
+    out = inputs.results_folder(workspace, folder) / "ground" / f"{table.name}-{chosen.name}"
     note(f"ground: run {folder.name}, {images.spec.title}, {table.title}, phrases of `{name}`")
     return ground(images, table, folder, request, out, config, device=device, again=again)
 

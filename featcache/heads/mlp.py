@@ -85,9 +85,10 @@ class Mlps:
         for number in chosen:  # one at a time: the hidden units of all heads would be large
             some = slice(number, number + 1)
             own = ((rows - self.mean[some]) / self.sd[some])[None]
-            logits = _forward(own, [one[some] for one in self.parameters])[0]
+            # In float32 a sure head says 1.0 of many images, and AUROC would see ties.
+            logits = _forward(own, [one[some] for one in self.parameters])[0].double()
             found.append(logits.sigmoid() if self.of_findings else logits.softmax(dim=-1))
-        return torch.stack(found).double().numpy()
+        return torch.stack(found).numpy()
 
 
 def batch_sizes(rows: int, batch_size: int) -> list[int]:

@@ -74,12 +74,14 @@ class Counts:
         overlap: Those of them that lie inside the true mask.
         target: Pixels of the true mask.
         hit: Share of each picture's highest pixels that lies inside: where a finger points.
+        highest: Each picture's highest value, its score for having a mask; no level rounds it.
     """
 
     predicted: Int32[np.ndarray, "N T"]
     overlap: Int32[np.ndarray, "N T"]
     target: Int64[np.ndarray, " N"]
     hit: Float64[np.ndarray, " N"]
+    highest: Float64[np.ndarray, " N"]
 
     @property
     def dice(self) -> Float64[np.ndarray, "N T"]:
@@ -89,11 +91,6 @@ class Counts:
             total == 0, 1.0, 2 * self.overlap / np.maximum(total, 1)
         )
         return dice
-
-    @property
-    def presence(self) -> Int64[np.ndarray, " N"]:
-        """How many levels the picture's highest value reaches: its score for presence."""
-        return np.asarray((self.predicted > 0).sum(axis=1, dtype=np.int64))
 
 
 def count_pixels(
@@ -116,10 +113,15 @@ def count_pixels(
         return np.pad(above, ((0, 0), (0, 1))).astype(np.int32)
 
     inside = masks.sum(dim=(1, 2)).cpu().numpy().astype(np.int64)
-    highest = values == values.amax(dim=(1, 2), keepdim=True)
+    top = values.amax(dim=(1, 2), keepdim=True)
+    highest = values == top
     hit = (highest & masks).sum(dim=(1, 2)) / highest.sum(dim=(1, 2)).clamp_min(1)
     return Counts(
-        at_least(place.flatten()), at_least(place[masks]), inside, hit.double().cpu().numpy()
+        at_least(place.flatten()),
+        at_least(place[masks]),
+        inside,
+        hit.double().cpu().numpy(),
+        top.flatten().double().nan_to_num(nan=-torch.inf, posinf=torch.inf).cpu().numpy(),
     )
 
 
@@ -130,6 +132,7 @@ def join_counts(parts: Sequence[Counts]) -> Counts:
         np.concatenate([one.overlap for one in parts]),
         np.concatenate([one.target for one in parts]),
         np.concatenate([one.hit for one in parts]),
+        np.concatenate([one.highest for one in parts]),
     )
 
 
@@ -142,7 +145,7 @@ def empty_counts(target: Int64[np.ndarray, " N"], pixels: int, levels: Levels) -
         levels: The thresholds.
     """
     nothing = np.zeros((len(target), levels.count + 1), dtype=np.int32)
-    return Counts(nothing, nothing, target, target / pixels)
+    return Counts(nothing, nothing, target, target / pixels, np.zeros(len(target)))
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,11 @@ def _figure_grid(counts: Counts, select_by: str) -> Float64[np.ndarray, "T T"]:
     if select_by == "dice_positive":
         some = counts.target > 0
         counts = Counts(
-            counts.predicted[some], counts.overlap[some], counts.target[some], counts.hit[some]
+            counts.predicted[some],
+            counts.overlap[some],
+            counts.target[some],
+            counts.hit[some],
+            counts.highest[some],
         )
     if not len(counts.target):
         width = counts.predicted.shape[1]
@@ -221,7 +228,7 @@ class MaskAnswer:
     predicted: Int32[np.ndarray, " N"]
     overlap: Int32[np.ndarray, " N"]
     target: Int64[np.ndarray, " N"]
-    presence: Int64[np.ndarray, " N"]
+    presence: Float64[np.ndarray, " N"]
     hit: Float64[np.ndarray, " N"]
 
 
@@ -238,6 +245,7 @@ def answer(counts: Counts, operating: Operating) -> MaskAnswer:
         (counts.overlap[:, operating.mask] * kept)[:, None],
         counts.target,
         counts.hit,
+        counts.highest,
     )
     return MaskAnswer(
         dice=at_levels.dice[:, 0],
@@ -245,7 +253,7 @@ def answer(counts: Counts, operating: Operating) -> MaskAnswer:
         predicted=at_levels.predicted[:, 0],
         overlap=at_levels.overlap[:, 0],
         target=counts.target,
-        presence=counts.presence,
+        presence=counts.highest,
         hit=counts.hit,
     )
 
@@ -278,7 +286,7 @@ def weighted_figures(
     area = np.full(len(weights), np.nan)
     if 0 < present.sum() < len(present):
         # Two columns that rank alike: the macro mean of both classes is the one AUROC there is.
-        ranked = np.stack([-given.presence, given.presence], axis=1).astype(np.float64)
+        ranked = np.stack([-given.presence, given.presence], axis=1)
         area = scores.weighted_scores(ranked, present, weights)[:, 2]
     both = (given.predicted + given.target).astype(np.float64)
     return np.stack(

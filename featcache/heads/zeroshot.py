@@ -386,13 +386,16 @@ def zeroshot_workspace(
     """
     folder = workspace.run(run)
     table = open_manifest(workspace.manifest(manifest))
-    name = "config"
-    if config.prompts is None or prompts is not None:
+    name, sentences = "config", config.prompts
+    if sentences is None or prompts is not None:
         name, sentences = find_prompts(prompts, table)
         config = config.model_copy(update={"prompts": sentences})
     reads = load_adaptor(folder).image_fingerprint
     images = FeatureSet.open(inputs.feature_folder(workspace, "image", backbone, reads, folder))
     request = run_request(workspace, str(folder), "text")
-    out = inputs.results_folder(workspace, folder) / "zeroshot" / f"{table.name}-{name}"
+    # Other sentences are another request to the same folder: else they could be chosen on test.
+    asked = "findings" if sentences.findings else sentences.label
+    out = inputs.results_folder(workspace, folder) / "zeroshot"
+    out /= f"{table.name}-{asked}-{images.folder.name}"
     note(f"zeroshot: run {folder.name}, {images.spec.title}, {table.title}, prompts `{name}`")
     return zeroshot(images, table, folder, request, out, config, device=device, again=again)

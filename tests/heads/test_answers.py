@@ -65,6 +65,18 @@ def test_source_that_a_subset_lacks_gets_its_overall_frequencies():
     np.testing.assert_allclose(found[south], np.tile([0.5, 0, 0.5], (15, 1)))
 
 
+def test_source_that_knows_nothing_of_a_finding_gets_its_overall_frequency():
+    images, _ = labelled()
+    targets = np.zeros((120, 2), dtype=np.int64)
+    targets[::8] = 1  # a quarter of those from the north
+    targets[1::2, 1] = -1  # the south is not asked about the second
+    images = dataclasses.replace(images, targets=targets, classes=("a", "b"))
+    [found] = source_answers(images, [np.arange(60)]).probabilities
+    north = np.array(images.sources)[images.of("test")] == "north"
+    np.testing.assert_allclose(found[north], np.tile([8 / 30, 8 / 30], (15, 1)))
+    np.testing.assert_allclose(found[~north], np.tile([0.0, 8 / 30], (15, 1)))
+
+
 def test_runs_are_ordered_by_subset_then_seed():
     images, vectors = labelled()
     members = [np.arange(30), np.arange(30, 60)]

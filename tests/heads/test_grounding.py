@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 from heads.kit_masks import masked_toy
 
 from featcache.adaptor.saved import load_adaptor
@@ -11,6 +12,8 @@ from featcache.errors import UsageError
 from featcache.heads import grounding
 from featcache.heads.grounding import GroundConfig, ground, phrase_maps
 from featcache.heads.prompts import Prompts
+from featcache.heads.protocol import Results, Table
+from featcache.workspace import Workspace
 
 REQUEST = EncoderRequest(modality="text", name="toy-text")
 QUICK = GroundConfig(
@@ -105,6 +108,27 @@ def test_no_phrase_is_a_usage_error(masked, make_run, tmp_path):
     run, silent = make_run(tmp_path / "run", masked), QUICK.model_copy(update={"phrases": ()})
     with pytest.raises(UsageError, match="no phrase was given"):
         ground(masked.images, masked.manifest, run, REQUEST, tmp_path / "out", silent, device="cpu")
+
+
+def test_other_phrases_are_another_request_to_the_same_folder(
+    monkeypatch, masked, make_run, tmp_path
+):
+    run = make_run(masked.images.folder.parents[2] / "runs" / "first", masked)
+    monkeypatch.setattr(grounding, "run_request", lambda *_: REQUEST)
+    nothing = Table("", (), (), (), 0)
+    monkeypatch.setattr(
+        grounding, "ground", lambda *given, **_: Results(given[4], {}, nothing, is_new=True)
+    )
+    workspace = Workspace(run.parents[1])
+    one = {"kind": "prompts", "findings": {"a": {"present": ["opacity"], "absent": ["clear"]}}}
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(one))
+    options = {"run": "first", "manifest": "toy", "backbone": "toy"}
+    plain = QUICK.model_copy(update={"phrases": ()})
+    found = grounding.ground_workspace(workspace, QUICK, **options)
+    assert found.folder == run / "ground" / "toy-toy"
+    other = grounding.ground_workspace(workspace, plain, prompts=str(file), **options)
+    assert other.folder == found.folder
 
 
 def test_prompts_of_several_findings_do_not_say_what_to_look_for():

@@ -1,5 +1,7 @@
 """MLP heads trained at once."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -109,3 +111,16 @@ def test_empty_subset_is_refused():
     vectors, targets = circles()
     with pytest.raises(TrainingError, match="holds no image"):
         train(vectors, targets, [np.zeros(0, dtype=np.int64)])
+
+
+@pytest.mark.parametrize("of_findings", [False, True])
+def test_sure_answers_keep_their_order(of_findings):
+    vectors, targets = np.linspace(-1, 1, 64, dtype=np.float32)[:, None], np.repeat([0, 1], 32)
+    asked = np.stack([1 - targets, targets], axis=1) if of_findings else targets
+    heads = train(vectors, asked, [np.arange(64)])
+    bias = heads.parameters[3].clone()
+    bias[..., 1] += 20.0  # as a head is after many epochs
+    heads = dataclasses.replace(heads, parameters=(*heads.parameters[:3], bias))
+    plain = heads.probabilities(np.linspace(-1, 1, 9, dtype=np.float32)[:, None])[0, :, 1]
+    assert len(np.unique(plain.astype(np.float32))) < 9  # it has few numbers just below 1
+    assert len(np.unique(plain)) == 9

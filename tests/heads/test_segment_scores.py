@@ -92,9 +92,9 @@ def test_presence_is_the_rank_of_the_highest_value():
     torch.manual_seed(2)
     masks, values = truth(20, 8), torch.rand(20, 8, 8) ** 8
     values[:8, 0, 0] += 0.1
-    highest = LEVELS.reached(values.flatten(1).max(1).values)
-    expected = roc_auc_score(masks.any(1).any(1).numpy(), highest.numpy())
-    assert figures(values, masks)["presence_auroc"] == pytest.approx(expected)
+    expected = roc_auc_score(masks.any(1).any(1).numpy(), values.flatten(1).max(1).values.numpy())
+    for moved in (values, values + 5.0, values - 5.0):  # wherever the levels lie
+        assert figures(moved, masks)["presence_auroc"] == pytest.approx(expected)
 
 
 def brute_force(counts, select_by):
@@ -199,6 +199,6 @@ def test_counts_do_not_mix_images():
     alone = join_counts(
         [count_pixels(values[i : i + 1], masks[i : i + 1], LEVELS) for i in range(4)]
     )
-    for name in ("predicted", "overlap", "target", "hit"):
+    for name in ("predicted", "overlap", "target", "hit", "highest"):
         np.testing.assert_array_equal(getattr(together, name), getattr(alone, name))
     assert isinstance(together, Counts)

@@ -229,8 +229,12 @@ def test_workspace_finds_the_text_encoder_of_the_run(study, results, tmp_path):
     file.write_text(yaml.safe_dump({"kind": "prompts", "classes": SAID}))
     plain = QUICK.model_copy(update={"prompts": None})
     found = zeroshot_workspace(workspace, plain, prompts=str(file), device="cpu")
-    assert found.folder == study.run / "zeroshot" / "toy-mine"
+    assert found.folder == study.run / "zeroshot" / "toy-class-toy"
     assert found.values["rows"] == results.values["rows"]
+    other = tmp_path / "other.yaml"  # whatever the name: sentences must not be chosen on test
+    other.write_text(yaml.safe_dump({"kind": "prompts", "classes": {**SAID, "normal": ["clear"]}}))
+    with pytest.raises(TrainingError, match="by 1 other request"):
+        zeroshot_workspace(workspace, plain, prompts=str(other), device="cpu")
     with pytest.raises(UsageError, match="no prompts are known for data set `spreadsheet`"):
         zeroshot_workspace(workspace, plain, device="cpu")
 
