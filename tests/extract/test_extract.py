@@ -210,7 +210,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(number, code, extracted, tmp_pa
     wait_for_shards(workspace.features / "image/lite0-demo", 1)
     os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == code
+    assert process.returncode == code, error
     assert "Traceback" not in error
     if number == signal.SIGINT:
         assert "the same command goes on" in error

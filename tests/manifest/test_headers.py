@@ -1,6 +1,7 @@
 """DICOM headers: size, view and the meaning of grey, and a reason for every file without."""
 
 import io
+import logging
 import threading
 import warnings
 
@@ -101,7 +102,12 @@ def test_flipped_bytes_never_raise(tmp_path, seed):
     assert all(isinstance(one, Header) or one in (NO_DICOM, NO_HEADER) for one in found)
 
 
-def test_no_value_is_logged(tmp_path, caplog):
+def test_no_value_is_logged(tmp_path, caplog, monkeypatch):
+    # Other libraries configure logging as they are imported, and switch the loggers off that exist.
+    logger = logging.getLogger("pydicom")
+    monkeypatch.setattr(logger, "disabled", False)
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.WARNING, logger="pydicom")
     odd = content().replace(b"ISO_IR 100", b"ISO_IR 999")
     assert read(tmp_path, {"a.dcm": odd})[0].view == "AP"
     assert not caplog.records
