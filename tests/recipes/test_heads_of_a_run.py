@@ -41,6 +41,7 @@ def test_another_question_to_the_test_split_is_refused_unless_asked_again(clone)
     assert "before" in done.stdout
 
 
+@pytest.mark.slow
 def test_features_of_another_encoder_are_refused(clone):
     assert clone.type("featcache extract --backbone vit-b --text-encoder none").returncode == 0
     done = clone.type("featcache finetune --backbone vit-b")
