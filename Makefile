@@ -62,7 +62,7 @@ segment-lungs: $(VENV)/.demo  ## the lungs in the embedded radiographs, from the
 encoder-grid: $(VENV)/.demo  ## an Adaptor for every pair of image and text features, in one table
 	@$(RUN) sh pipelines/encoder-grid.sh
 
-compare-objectives: $(VENV)/.demo  ## the objectives' tables, about an hour: REAL=table.csv adds yours
+compare-objectives: $(VENV)/.demo  ## the objectives' tables, hours: REAL=table.csv adds yours
 	@$(RUN) REAL="$(REAL)" sh pipelines/compare-objectives.sh
 
 clean:  ## remove .venv and build leftovers; never the workspace

@@ -253,7 +253,7 @@ BENCHES = (
         what="memcpy over shuffled gather and collate, same bytes, page-cached, same threads",
         measure=gather_vs_memcpy,
         repeats=15,
-        disk_mb=1300,
+        disk_mb=2500,
     ),
     Bench(
         name="cold_vs_sequential",
