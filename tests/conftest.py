@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 # Two test processes on two cores: busy-waiting threads of one would slow the other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -33,3 +34,29 @@ def loud():
     logger = logging.getLogger("featcache")
     logger.handlers.clear()
     logger.propagate = True
+
+
+@pytest.fixture
+def bytes_read_by():
+    """Bytes that this process reads while a function runs: the least of three runs.
+
+    The system counts for all threads, and one that an earlier test left may read meanwhile.
+    """
+
+    def count() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    if not Path("/proc/self/io").exists():
+        pytest.skip("the system does not count what is read")
+
+    def measure(function):
+        taken = []
+        for _ in range(3):
+            before = count()
+            itself = count() - before
+            before = count()
+            function()
+            taken.append(count() - before - itself)
+        return min(taken)
+
+    return measure

@@ -279,26 +279,20 @@ def test_a_shard_that_another_tool_rewrote_in_chunks_is_refused(tmp_path):
     assert re.search(said, problem.what)
 
 
-def test_an_epoch_reads_its_rows_and_little_else(tmp_path):
+def test_an_epoch_reads_its_rows_and_little_else(tmp_path, bytes_read_by):
     features = numbered(tmp_path / "set", 64, rows_per_shard=16, num_tokens=3, dim=5000)
     row_bytes = 3 * 5000 * 2
     features.lengths  # noqa: B018  (offsets and the like are read once)
     rows = np.random.default_rng(0).permutation(64)
 
-    def read_bytes():
-        lines = Path("/proc/self/io").read_text().splitlines()
-        return int(dict(line.split(": ") for line in lines)["rchar"])
-
-    if not Path("/proc/self/io").exists():
-        pytest.skip("the system does not count what is read")
     for _ in iterate_rows(features, rows[:1], 1, io="pread"):
         pass
-    before, mine = read_bytes(), read_bytes()
-    mine -= before  # what looking itself reads
-    before = read_bytes()
-    for _, tokens, _ in iterate_rows(features, rows, 8, io="pread"):
-        assert tokens.shape == (8, 3, 5000)
-    taken = read_bytes() - before - mine
+
+    def epoch():
+        for _, tokens, _ in iterate_rows(features, rows, 8, io="pread"):
+            assert tokens.shape == (8, 3, 5000)
+
+    taken = bytes_read_by(epoch)
     assert 64 * row_bytes <= taken <= 1.1 * 64 * row_bytes
 
 
