@@ -18,6 +18,7 @@ from featcache.cache import mapping
 from featcache.cache.folder import read_quality
 from featcache.cache.format import FeatureSetSpec, ShardPlan, dequantise, read_plan, read_spec
 from featcache.cache.header import REPAIR_HINT
+from featcache.cache.row_table import RowTable
 from featcache.cache.shard import Shard
 from featcache.errors import CacheError, ShardError
 
@@ -237,8 +238,30 @@ class FeatureSet:
         Returns:
             False where the system does not know the call.
         """
+        table = self.row_table("tokens")
+        if table is not None:
+            return table.populate(shard)
         tokens = self.tokens_map(shard)
         return mapping.populate(tokens.reshape(-1).view(np.uint8))
+
+    def row_table(self, name: str) -> RowTable | None:
+        """Rows of all shards as one array, for those who copy many at once.
+
+        Args:
+            name: `tokens`, or `scale_token` of an int8 set.
+
+        Returns:
+            None where rows differ in length, or cannot be brought into one array.
+        """
+        if self.spec.num_tokens is None or not self.shards:
+            return None
+        with self._locked():
+            if name not in self._tables:
+                try:
+                    self._tables[name] = RowTable(self.shards, name)
+                except ShardError:
+                    self._tables[name] = None
+            return self._tables[name]
 
     def token_place(self, shard: int) -> TokenPlace:
         """Where a shard's tokens lie in its file.
@@ -327,9 +350,7 @@ class FeatureSet:
 
     def _map(self, shard: int, name: str) -> Any:
         """A map of this process, the least recently used one given up beyond `MAX_MAPS`."""
-        if self._pid != os.getpid():  # forked: another thread may have held the parent's lock
-            self._forget_maps()
-        with self._lock:
+        with self._locked():
             mapped = self._maps.get((shard, name))
             if mapped is None:
                 unread = (shard, name) not in self._compared and name != "tokens"
@@ -341,12 +362,19 @@ class FeatureSet:
             self._maps.move_to_end((shard, name))
             return mapped
 
+    def _locked(self) -> threading.Lock:
+        """The lock over the maps of this process."""
+        if self._pid != os.getpid():  # forked: another thread may have held the parent's lock
+            self._forget_maps()
+        return self._lock
+
     def _forget_maps(self) -> None:
         """Start without maps, in a new object or a new process."""
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._maps: OrderedDict[tuple[int, str], Any] = OrderedDict()
         self._compared: set[tuple[int, str]] = set()
+        self._tables: dict[str, RowTable | None] = {}
 
     def key_column(self) -> pa.ChunkedArray:
         """The keys as an Arrow column; nothing is kept, unlike with `keys`."""

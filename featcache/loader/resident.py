@@ -29,7 +29,7 @@ from featcache.loader.ring import (
     open_readers,
 )
 from featcache.loader.rows import RowReader
-from featcache.loader.sources import MappedShard, RowPlan, fill_rows
+from featcache.loader.sources import MappedShard, RowPlan, Sources, fill_rows
 
 GPU_SHARE = 0.5
 """Share of a GPU's free memory that sets may take; the rest is the training's."""
@@ -105,11 +105,10 @@ class HeldReader(RowReader):
     ) -> tuple[Int64[np.ndarray, " B"], Int64[np.ndarray, " B"]]:
         return np.zeros_like(shards), self._held.first(rows)
 
-    def _open(self, number: int) -> MappedShard:
-        return self._source
-
-    def _scales(self, number: int) -> MappedShard:
-        return self._token_scales
+    def _sources(
+        self, name: str, shards: Int64[np.ndarray, " B"], local: Int64[np.ndarray, " B"]
+    ) -> Sources:
+        return {0: self._source if name == "tokens" else self._token_scales}
 
     def _fill_pooled(self, plan: RowPlan, part: slice, out: Float16[np.ndarray, "B 1 E"]) -> None:
         fill_rows(plan, part, plan.sources, out)

@@ -11,7 +11,7 @@ from jaxtyping import Float16, Int64, Num
 
 from featcache.cache.reader import FeatureSet
 from featcache.errors import CacheError, UsageError
-from featcache.loader.sources import MappedShard, ReadShard, RowPlan, fill_rows
+from featcache.loader.sources import MappedShard, ReadShard, RowPlan, Sources, TableRows, fill_rows
 
 TOKENS_PATTERN = r"^(all|prefix|grid|pooled|random:[1-9][0-9]*)$"
 
@@ -144,14 +144,13 @@ class RowReader:
         """
         shards, local = self.features.shard_of(rows)
         self._refuse_quarantined(rows)
+        sources = self._sources("tokens", shards, local)
+        scales = self._sources("scale_token", shards, local) if self.is_int8 else {}
         shards, first = self._locate(rows, shards, local)
         counts = self.counts(rows)
         width = int(counts.max(initial=0))
         valid = np.arange(width) < counts[:, None]  # B T
         runs = self.draw_runs(position)
-        numbers = set(shards.tolist())
-        sources = {number: self._open(number) for number in numbers}
-        scales = {number: self._scales(number) for number in numbers} if self.is_int8 else {}
         return RowPlan(rows, shards, first, counts, runs, width, valid, sources, scales)
 
     def _locate(
@@ -194,6 +193,17 @@ class RowReader:
         columns = np.concatenate([np.arange(prefix), prefix + np.sort(drawn)])
         pieces = np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1)
         return tuple((int(piece[0]), len(piece)) for piece in pieces)
+
+    def _sources(
+        self, name: str, shards: Int64[np.ndarray, " B"], local: Int64[np.ndarray, " B"]
+    ) -> Sources:
+        """What `tokens` or `scale_token` are copied from: the table of whole rows if it serves."""
+        whole = self.io == "mmap" and self._budget == "all" and self._limit is None
+        table = self.features.row_table(name) if whole else None
+        if table is not None:
+            return TableRows(table, table.locate(shards, local))
+        opened = self._open if name == "tokens" else self._scales
+        return {number: opened(number) for number in set(shards.tolist())}
 
     def _open(self, number: int) -> MappedShard | ReadShard:
         """One shard's tokens; the set itself bounds how many maps there are, we the open files."""

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int64, Num
 
 from featcache.cache.header import REPAIR_HINT
 from featcache.cache.reader import FeatureSet
+from featcache.cache.row_table import RowTable
 from featcache.errors import ShardError
 
 
@@ -80,6 +81,22 @@ class ReadShard:
 
 
 @dataclass(frozen=True)
+class TableRows:
+    """A batch's rows in the table of a whole set, copied by one call.
+
+    Attributes:
+        table: Of the set.
+        places: Of each row of the batch.
+    """
+
+    table: RowTable
+    places: Int64[np.ndarray, " B"]
+
+
+Sources = Mapping[int, MappedShard | ReadShard] | Mapping[int, MappedShard] | TableRows
+
+
+@dataclass(frozen=True)
 class RowPlan:
     """Where the rows of one batch lie, checked against the set.
 
@@ -92,8 +109,8 @@ class RowPlan:
             None when each row is one run of `counts` tokens.
         width: Length of the batch's token axis.
         valid: True at real tokens, False where a shorter row is padded.
-        sources: The shards that hold these rows.
-        scales: Token scales of these shards, as tokens of one number; empty unless int8.
+        sources: The shards that hold these rows, or the table of all rows.
+        scales: The same for token scales, as tokens of one number; empty unless int8.
     """
 
     rows: Int64[np.ndarray, " B"]
@@ -103,14 +120,14 @@ class RowPlan:
     runs: tuple[tuple[int, int], ...] | None
     width: int
     valid: Bool[np.ndarray, "B T"]
-    sources: Mapping[int, MappedShard | ReadShard]
-    scales: Mapping[int, MappedShard]
+    sources: Sources
+    scales: Sources
 
 
 def fill_rows(
     plan: RowPlan,
     part: slice,
-    sources: Mapping[int, MappedShard | ReadShard],
+    sources: Sources,
     out: Num[np.ndarray, "B T D"],
 ) -> None:
     """Copy some rows of a plan into a buffer, padded with zeros; in any thread.
@@ -118,9 +135,12 @@ def fill_rows(
     Args:
         plan: Where they lie.
         part: Which of the plan's rows.
-        sources: The shards: of tokens, or of their scales.
+        sources: Of tokens, or of their scales.
         out: Their places in the buffer, of the dtype that is stored; the old content is lost.
     """
+    if isinstance(sources, TableRows):
+        sources.table.take(sources.places[part], out)
+        return
     flat, at = out.reshape(-1, out.shape[-1], copy=False), 0
     read = {number: source.read for number, source in sources.items()}
     columns = (plan.shards[part], plan.first[part], plan.counts[part])
