@@ -1,5 +1,6 @@
 """A feature set as one table of rows, read without libhdf5."""
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
@@ -238,30 +239,27 @@ class FeatureSet:
         Returns:
             False where the system does not know the call.
         """
-        table = self.row_table("tokens")
-        if table is not None:
-            return table.populate(shard)
         tokens = self.tokens_map(shard)
         return mapping.populate(tokens.reshape(-1).view(np.uint8))
 
-    def row_table(self, name: str) -> RowTable | None:
+    def row_table(self, name: str, *, by_token: bool) -> RowTable | None:
         """Rows of all shards as one array, for those who copy many at once.
 
         Args:
             name: `tokens`, or `scale_token` of an int8 set.
+            by_token: Whether its rows are single tokens, or whole rows, which must be equally long.
 
         Returns:
-            None where rows differ in length, or cannot be brought into one array.
+            None where they cannot be brought into one array.
         """
-        if self.spec.num_tokens is None or not self.shards:
-            return None
         with self._locked():
-            if name not in self._tables:
-                try:
-                    self._tables[name] = RowTable(self.shards, name)
-                except ShardError:
-                    self._tables[name] = None
-            return self._tables[name]
+            key = (name, by_token)
+            if key not in self._tables:
+                self._tables[key] = None
+                if self.shards and (by_token or self.spec.num_tokens is not None):
+                    with contextlib.suppress(ShardError):
+                        self._tables[key] = RowTable(self.shards, name, by_token=by_token)
+            return self._tables[key]
 
     def token_place(self, shard: int) -> TokenPlace:
         """Where a shard's tokens lie in its file.
@@ -374,7 +372,7 @@ class FeatureSet:
         self._lock = threading.Lock()
         self._maps: OrderedDict[tuple[int, str], Any] = OrderedDict()
         self._compared: set[tuple[int, str]] = set()
-        self._tables: dict[str, RowTable | None] = {}
+        self._tables: dict[tuple[str, bool], RowTable | None] = {}
 
     def key_column(self) -> pa.ChunkedArray:
         """The keys as an Arrow column; nothing is kept, unlike with `keys`."""

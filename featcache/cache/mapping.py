@@ -99,9 +99,27 @@ class AddressRange:
         Raises:
             ShardError: The system refuses the map.
         """
+        if size_bytes == 0:
+            return
         lead = offset % mmap.PAGESIZE
         flags = mmap.MAP_SHARED | _MAP_FIXED
         place = (mmap.PROT_READ, flags, descriptor, offset - lead)
+        _map(self._address + at - lead, lead + size_bytes, *place, where)
+
+    def zero(self, at: int, size_bytes: int, where: Path) -> None:
+        """Make a place in the range read as zeros.
+
+        Args:
+            at: Where in the range; the whole page is taken.
+            size_bytes: Bytes, inside the range.
+            where: For messages.
+
+        Raises:
+            ShardError: The system refuses the map.
+        """
+        lead = at % mmap.PAGESIZE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+        place = (mmap.PROT_READ, flags, -1, 0)
         _map(self._address + at - lead, lead + size_bytes, *place, where)
 
 

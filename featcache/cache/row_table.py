@@ -1,4 +1,4 @@
-"""Equally long rows of many shards as one array in memory."""
+"""Rows, or tokens, of many shards as one array in memory."""
 
 import mmap
 import threading
@@ -14,7 +14,7 @@ from featcache.cache.shard import Shard
 from featcache.errors import ShardError
 
 MAX_SHARDS = 4_096
-"""Shards of one table; each takes two of the 65,530 maps that Linux gives a process."""
+"""Shards of a table; each takes two of the 65,530 maps that Linux gives a process."""
 
 
 class RowTable:
@@ -26,27 +26,38 @@ class RowTable:
 
     Args:
         shards: Of one set; at least one.
-        name: Array whose first axis is rows, of the same shape and type in all shards.
+        name: Array of the same type in all shards.
+        by_token: Whether single tokens are the rows of this table, or whole rows of the set, which
+            are equally long then.
+
+    Attributes:
+        zero: Place of a row of zeros, for padding.
 
     Raises:
         ShardError: There are too many shards, rows cannot be brought to multiples of a row, or the
             system refuses so many addresses.
     """
 
-    def __init__(self, shards: Sequence[Shard], name: str):
+    def __init__(self, shards: Sequence[Shard], name: str, *, by_token: bool):
         self._shards, self._name = shards, name
         self._places = [shard.header.places[name] for shard in shards]
+        tokens = shards[0].header.places["tokens"].shape
+        axes = len(tokens) - 1 if by_token else 1  # axes that number the rows of this table
         first = self._places[0]
-        self._row_bytes = prod(first.shape[1:]) * first.numpy_type.itemsize
+        self._row_bytes = prod(first.shape[axes:]) * first.numpy_type.itemsize
         offsets = [place.offset for place in self._places]
-        counts = [place.shape[0] for place in self._places]
+        counts = [prod(place.shape[:axes]) for place in self._places]
         starts = aligned_starts(self._row_bytes, offsets, counts)
+        folder = shards[0].path.parent
         if starts is None or len(shards) > MAX_SHARDS:
-            raise ShardError("its rows do not fit into one table", where=shards[0].path.parent)
+            raise ShardError("its rows do not fit into one table", where=folder)
         self._starts = np.array(starts[:-1], dtype=np.int64)
-        self._range = AddressRange(starts[-1] * self._row_bytes, shards[0].path.parent)
+        self.zero = starts[-1]
+        size = (self.zero + 1) * self._row_bytes
+        self._range = AddressRange(size, folder)
+        self._range.zero(self.zero * self._row_bytes, self._row_bytes, folder)
         stored: Any = self._range.content.view(first.numpy_type)
-        self._rows: Shaped[np.ndarray, "V W"] = stored.reshape(starts[-1], -1)
+        self._rows: Shaped[np.ndarray, "V W"] = stored.reshape(self.zero + 1, -1)
         self._mapped = np.zeros(len(shards), dtype=bool)
         self._lock = threading.Lock()
 
@@ -57,7 +68,7 @@ class RowTable:
 
         Args:
             shards: Position of each row's shard.
-            local: Its row within the shard.
+            local: Its row of this table within the shard.
 
         Raises:
             ShardError: A file was replaced, its array is damaged, or the system refuses the map.
@@ -67,14 +78,14 @@ class RowTable:
         places: Int64[np.ndarray, " B"] = self._starts[shards] + local
         return places
 
-    def take(self, places: Int64[np.ndarray, " B"], out: Num[np.ndarray, "B ..."]) -> None:
+    def take(self, places: Int64[np.ndarray, " B"], out: Num[np.ndarray, "..."]) -> None:
         """Copy rows; in any thread, without Python's lock.
 
         Args:
-            places: From `locate`.
+            places: From `locate`, or `zero`.
             out: Where they go, of the array's type, end to end.
         """
-        flat = out.reshape(len(places), -1, copy=False)
+        flat = out.reshape(len(places), self._rows.shape[1], copy=False)
         np.take(self._rows, places, axis=0, out=flat, mode="clip")  # `raise` would copy twice
 
     def populate(self, shard: int) -> bool:
@@ -88,8 +99,7 @@ class RowTable:
         """
         self._map(shard)
         start = int(self._starts[shard]) * self._row_bytes
-        size = self._places[shard].shape[0] * self._row_bytes
-        return populate(self._range.content[start : start + size])
+        return populate(self._range.content[start : start + self._places[shard].size_bytes])
 
     def _map(self, shard: int) -> None:
         """Map a shard to its place unless it is there; compare its checksum, except of tokens."""
@@ -101,7 +111,7 @@ class RowTable:
             one = self._shards[shard]
             if self._name != "tokens":
                 one.map(self._name, check=True)
-            with one.descriptor() as descriptor:
+            with one.descriptor() as descriptor:  # refuses a file that was replaced
                 self._range.map(at, descriptor, place.offset, place.size_bytes, one.path)
             self._mapped[shard] = True
 
@@ -118,7 +128,7 @@ def aligned_starts(
         page: Bytes of a memory page.
 
     Returns:
-        The row at which each shard begins and, last, the rows of the whole table; no two shards
+        The row at which each shard begins and, last, the first row behind them all; no two of them
         share a page. None where no multiple of a row has the place within a page that is needed.
     """
     if row_bytes <= 0:

@@ -105,9 +105,7 @@ class HeldReader(RowReader):
     ) -> tuple[Int64[np.ndarray, " B"], Int64[np.ndarray, " B"]]:
         return np.zeros_like(shards), self._held.first(rows)
 
-    def _sources(
-        self, name: str, shards: Int64[np.ndarray, " B"], local: Int64[np.ndarray, " B"]
-    ) -> Sources:
+    def _sources(self, name: str, plan: RowPlan) -> Sources:
         return {0: self._source if name == "tokens" else self._token_scales}
 
     def _fill_pooled(self, plan: RowPlan, part: slice, out: Float16[np.ndarray, "B 1 E"]) -> None:

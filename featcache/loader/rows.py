@@ -4,12 +4,14 @@ import contextlib
 import resource
 import threading
 import weakref
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float16, Int64, Num
 
 from featcache.cache.reader import FeatureSet
+from featcache.cache.row_table import RowTable
 from featcache.errors import CacheError, UsageError
 from featcache.loader.sources import MappedShard, ReadShard, RowPlan, Sources, TableRows, fill_rows
 
@@ -85,7 +87,10 @@ class RowReader:
         stop = threading.Event()
         weakref.finalize(self, stop.set)
         threading.Thread(
-            target=_populate, args=(self.features, stop), name="featcache-populate", daemon=True
+            target=_populate,
+            args=(self._table("tokens") or self.features, self.features.num_shards, stop),
+            name="featcache-populate",
+            daemon=True,
         ).start()
 
     @property
@@ -144,14 +149,13 @@ class RowReader:
         """
         shards, local = self.features.shard_of(rows)
         self._refuse_quarantined(rows)
-        sources = self._sources("tokens", shards, local)
-        scales = self._sources("scale_token", shards, local) if self.is_int8 else {}
         shards, first = self._locate(rows, shards, local)
         counts = self.counts(rows)
         width = int(counts.max(initial=0))
         valid = np.arange(width) < counts[:, None]  # B T
-        runs = self.draw_runs(position)
-        return RowPlan(rows, shards, first, counts, runs, width, valid, sources, scales)
+        plan = RowPlan(rows, shards, first, counts, self.draw_runs(position), width, valid)
+        scales = self._sources("scale_token", plan) if self.is_int8 else {}
+        return replace(plan, sources=self._sources("tokens", plan), scales=scales)
 
     def _locate(
         self,
@@ -194,16 +198,30 @@ class RowReader:
         pieces = np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1)
         return tuple((int(piece[0]), len(piece)) for piece in pieces)
 
-    def _sources(
-        self, name: str, shards: Int64[np.ndarray, " B"], local: Int64[np.ndarray, " B"]
-    ) -> Sources:
-        """What `tokens` or `scale_token` are copied from: the table of whole rows if it serves."""
-        whole = self.io == "mmap" and self._budget == "all" and self._limit is None
-        table = self.features.row_table(name) if whole else None
-        if table is not None:
-            return TableRows(table, table.locate(shards, local))
-        opened = self._open if name == "tokens" else self._scales
-        return {number: opened(number) for number in set(shards.tolist())}
+    def _sources(self, name: str, plan: RowPlan) -> Sources:
+        """What `tokens` or `scale_token` are copied from."""
+        table = self._table(name)
+        if table is None:
+            opened = self._open if name == "tokens" else self._scales
+            return {number: opened(number) for number in set(plan.shards.tolist())}
+        if self._is_whole:
+            rows = plan.first // (self.features.spec.num_tokens or 1)
+            return TableRows(table, table.locate(plan.shards, rows))
+        runs = plan.runs or ((0, plan.width),)
+        columns = np.concatenate([np.arange(start, start + length) for start, length in runs])
+        places = table.locate(plan.shards, plan.first)[:, None] + columns
+        return TableRows(table, np.where(plan.valid, places, table.zero))
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether all tokens of rows are read that have equally many."""
+        return self._budget == "all" and self._limit is None and bool(self.features.spec.num_tokens)
+
+    def _table(self, name: str) -> RowTable | None:
+        """The whole set's rows, or tokens, as one array; None where it is read another way."""
+        if self.io != "mmap" or self._budget == "pooled":
+            return None
+        return self.features.row_table(name, by_token=not self._is_whole)
 
     def _open(self, number: int) -> MappedShard | ReadShard:
         """One shard's tokens; the set itself bounds how many maps there are, we the open files."""
@@ -246,9 +264,9 @@ class RowReader:
         out[:, 0] = self.features.pooled(plan.rows[part])
 
 
-def _populate(features: FeatureSet, stop: threading.Event) -> None:
+def _populate(mapped: RowTable | FeatureSet, num_shards: int, stop: threading.Event) -> None:
     """Populate map after map until told to stop; whoever reads a damaged shard reports it."""
-    for number in range(features.num_shards):
+    for number in range(num_shards):
         with contextlib.suppress(CacheError):
-            if stop.is_set() or not features.populate(number):
+            if stop.is_set() or not mapped.populate(number):
                 return

@@ -3,7 +3,7 @@
 import os
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Int64, Num
@@ -82,15 +82,15 @@ class ReadShard:
 
 @dataclass(frozen=True)
 class TableRows:
-    """A batch's rows in the table of a whole set, copied by one call.
+    """A batch's rows in a table over a whole set, copied by one call.
 
     Attributes:
-        table: Of the set.
-        places: Of each row of the batch.
+        table: Of the set's rows, or of its tokens.
+        places: Of each row of the batch, or of each of its tokens, padding included.
     """
 
     table: RowTable
-    places: Int64[np.ndarray, " B"]
+    places: Int64[np.ndarray, "B ..."]
 
 
 Sources = Mapping[int, MappedShard | ReadShard] | Mapping[int, MappedShard] | TableRows
@@ -120,8 +120,8 @@ class RowPlan:
     runs: tuple[tuple[int, int], ...] | None
     width: int
     valid: Bool[np.ndarray, "B T"]
-    sources: Sources
-    scales: Sources
+    sources: Sources = field(default_factory=dict)
+    scales: Sources = field(default_factory=dict)
 
 
 def fill_rows(
@@ -139,7 +139,7 @@ def fill_rows(
         out: Their places in the buffer, of the dtype that is stored; the old content is lost.
     """
     if isinstance(sources, TableRows):
-        sources.table.take(sources.places[part], out)
+        sources.table.take(sources.places[part].ravel(), out)
         return
     flat, at = out.reshape(-1, out.shape[-1], copy=False), 0
     read = {number: source.read for number, source in sources.items()}

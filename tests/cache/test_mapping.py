@@ -1,11 +1,12 @@
 import gc
+import mmap
 import os
 import resource
 
 import numpy as np
 import pytest
 
-from featcache.cache.mapping import map_range, populate
+from featcache.cache.mapping import AddressRange, map_range, populate
 from featcache.errors import ShardError
 
 
@@ -84,3 +85,25 @@ def test_refused_map_is_explained(file):
             open_map(file, 0, 2**32)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_files_and_zeros_lie_where_they_are_put_in_a_range(file, tmp_path):
+    page = mmap.PAGESIZE
+    reserved = AddressRange(8 * page, tmp_path)
+    descriptor = os.open(file, os.O_RDONLY)
+    reserved.map(2 * page + 7, descriptor, page + 7, page, file)
+    reserved.map(5 * page, descriptor, 100, 0, file)  # nothing is nowhere
+    reserved.zero(6 * page + 9, 100, tmp_path)
+    os.close(descriptor)
+    got = reserved.content[2 * page + 7 : 3 * page + 7]
+    assert got.tobytes() == file.read_bytes()[page + 7 : 2 * page + 7]
+    assert not reserved.content[6 * page + 9 : 6 * page + 109].any()
+    assert maps_of(file) == 1
+    with pytest.raises(ValueError, match="read-only"):
+        reserved.content[2 * page + 7] = 1
+    del reserved
+    gc.collect()
+    assert got[0] == (page + 7) % 256
+    del got
+    gc.collect()
+    assert maps_of(file) == 0

@@ -48,7 +48,7 @@ def features(request, build, tmp_path):
 
 
 def taken(features, name, rows):
-    table = features.row_table(name)
+    table = features.row_table(name, by_token=False)
     place = features.shards[0].header.places[name]
     out = np.empty((len(rows), *place.shape[1:]), place.numpy_type)
     table.take(table.locate(*features.shard_of(rows)), out)
@@ -82,7 +82,7 @@ def test_only_shards_that_are_asked_for_are_opened(features):
 
 
 def test_a_populated_shard_is_mapped(features):
-    assert features.populate(2) in (True, False)
+    assert features.row_table("tokens", by_token=False).populate(2) in (True, False)
     features.shards[2].path.unlink()  # the map outlives it
     assert len(taken(features, "tokens", np.array([17]))) == 1
 
@@ -102,12 +102,22 @@ def test_damaged_scales_are_found_before_they_are_used(build, tmp_path):
 def test_without_a_table_rows_are_read_all_the_same(features, monkeypatch):
     monkeypatch.setattr(row_table, "MAX_SHARDS", 6)
     with pytest.raises(ShardError, match="do not fit into one table"):
-        RowTable(features.shards, "tokens")
-    assert features.row_table("tokens") is None
+        RowTable(features.shards, "tokens", by_token=False)
+    assert features.row_table("tokens", by_token=False) is None
     assert features.populate(0) in (True, False)
 
 
-def test_a_set_of_rows_of_many_lengths_has_no_table(build, tmp_path):
-    spec = build.make_spec("text")
-    build.write_set(tmp_path, spec, build.make_content(spec, 6))
-    assert FeatureSet.open(tmp_path).row_table("tokens") is None
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_tokens_of_rows_of_many_lengths_are_a_table_with_a_zero(build, tmp_path, dtype):
+    spec = build.make_spec("text", dtype=dtype)
+    build.write_set(tmp_path, spec, build.make_content(spec, 40), rows_per_shard=8)
+    features = FeatureSet.open(tmp_path)
+    assert features.row_table("tokens", by_token=False) is None
+    table = features.row_table("tokens", by_token=True)
+    shards = np.array([2, 0, 4])
+    places = np.append(table.locate(shards, np.array([3, 0, 1])), table.zero)
+    out = np.empty((4, spec.dim), spec.dtype)
+    table.take(places, out)
+    for row, shard, token in zip(out, shards.tolist(), [3, 0, 1], strict=False):
+        np.testing.assert_array_equal(row, features.tokens_map(shard)[token])
+    assert not out[3].any()
