@@ -5,7 +5,7 @@ PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN    := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint docs finetune-covidx finetune-rsna finetune-chexpert segment-rsna segment-siim segment-lungs encoder-grid compare-objectives clean
+.PHONY: help install demo test test-slow lint docs finetune-covidx finetune-rsna finetune-chexpert segment-rsna segment-siim segment-lungs pretrain-mimic encoder-grid compare-objectives reproduce-paper clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*##/\t/' | expand -t 18
@@ -59,11 +59,17 @@ segment-siim: $(VENV)/.demo  ## masks of pneumothorax on SIIM-ACR: SIIM=/path, e
 segment-lungs: $(VENV)/.demo  ## the lungs in the embedded radiographs, from the demo's tokens
 	@$(RUN) DECODER="$(DECODER)" sh pipelines/segment-lungs.sh
 
+pretrain-mimic: $(VENV)/.demo  ## MIMIC-CXR to an Adaptor: MIMIC=/path REPORTS=/path, else a stand-in
+	@$(RUN) MIMIC="$(MIMIC)" REPORTS="$(REPORTS)" sh pipelines/pretrain-mimic.sh
+
 encoder-grid: $(VENV)/.demo  ## an Adaptor for every pair of image and text features, in one table
 	@$(RUN) sh pipelines/encoder-grid.sh
 
 compare-objectives: $(VENV)/.demo  ## the objectives' tables, hours: REAL=table.csv adds yours
 	@$(RUN) REAL="$(REAL)" sh pipelines/compare-objectives.sh
+
+reproduce-paper: $(VENV)/.demo  ## the paper's tables beside ours: RSNA= SIIM= COVIDX=/path, else stand-ins
+	@$(RUN) RSNA="$(RSNA)" SIIM="$(SIIM)" COVIDX="$(COVIDX)" BACKBONE="$(BACKBONE)" TEXT_ENCODER="$(TEXT_ENCODER)" DECODER="$(DECODER)" sh pipelines/reproduce-paper.sh
 
 clean:  ## remove .venv and build leftovers; never the workspace
 	rm -rf $(VENV) dist build

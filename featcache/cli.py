@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
-from featcache.commands import features, heads, training
+from featcache.commands import features, heads, reproduction, training
 from featcache.errors import FeatcacheError
 from featcache.options import AsJson, Device, Quiet, Root, Settings, emit_result, open_workspace
 
@@ -55,6 +55,7 @@ for _command in (
     heads.segment,
     heads.ground,
     heads.zeroshot,
+    reproduction.reproduce,
     training.export,
 ):
     app.command()(_command)

@@ -34,6 +34,9 @@ def manifest(
     no_checks: Annotated[
         bool, typer.Option("--no-checks", help="Do not open the files or look for repeats.")
     ] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every picture for the checks that need it.")
+    ] = False,
     show_ids: Annotated[
         bool, typer.Option("--show-ids", help="Name a few keys or paths for each check.")
     ] = False,
@@ -45,14 +48,25 @@ def manifest(
     """Read a data set into a checked manifest and print what was dropped and why."""
     workspace = open_workspace(root, quiet)
     from featcache.datasets.registry import check_manifest, make_manifest
+    from featcache.errors import UsageError
     from featcache.synth.registry import stand_in
+
+    if decode and no_checks:
+        raise UsageError("--decode is for the checks, and --no-checks leaves them out")
 
     path = stand_in(workspace, dataset) if folder == "synthetic" else Path(folder)
     made = make_manifest(
         workspace, dataset, path, name=name, text_unit=text_unit, overrides=settings or ()
     )
-    checked = made if no_checks else check_manifest(workspace, made, show_ids=show_ids)
-    emit_result(checked, as_json)
+    if no_checks:
+        emit_result(made, as_json)
+        return
+    decoded = None
+    if decode:
+        from featcache.encoders.look import look_at_pictures
+
+        decoded = look_at_pictures(made)
+    emit_result(check_manifest(workspace, made, decoded=decoded, show_ids=show_ids), as_json)
 
 
 def synth(

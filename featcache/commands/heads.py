@@ -1,9 +1,5 @@
 """The commands that ask what features are worth: heads, each with its table."""
 
-from typing import Annotated
-
-import typer
-
 from featcache.options import (
     Again,
     AsJson,
@@ -11,12 +7,16 @@ from featcache.options import (
     Device,
     ImageSet,
     ManifestName,
+    Phrases,
+    PromptFile,
     Quiet,
     Root,
     RunName,
+    SaveMaps,
     Seed,
     Settings,
     emit_result,
+    load_settings,
     open_workspace,
 )
 
@@ -36,13 +36,11 @@ def finetune(
 ) -> None:
     """Linear probes on cached features at 1, 10 and 100 % of the labels."""
     workspace = open_workspace(root, quiet)
-    from featcache.config import load_config
     from featcache.heads.classify import ProbeConfig, finetune_workspace
 
-    overrides = [*(settings or ()), *([f"seed={seed}"] if seed is not None else [])]
     result = finetune_workspace(
         workspace,
-        load_config(ProbeConfig, path=config, overrides=overrides),
+        load_settings(ProbeConfig, config, settings, seed),
         run=run,
         backbone=backbone,
         manifest=manifest,
@@ -65,12 +63,11 @@ def retrieve(
 ) -> None:
     """Image to text and text to image on held-out patients."""
     workspace = open_workspace(root, quiet)
-    from featcache.config import load_config
     from featcache.heads.retrieve import RetrieveConfig, retrieve_workspace
 
     result = retrieve_workspace(
         workspace,
-        load_config(RetrieveConfig, path=config, overrides=settings or ()),
+        load_settings(RetrieveConfig, config, settings),
         run=run,
         manifest=manifest,
         device=device,
@@ -94,13 +91,11 @@ def segment(
 ) -> None:
     """Masks from cached tokens at 1, 10 and 100 % of the labels; stopped, it goes on."""
     workspace = open_workspace(root, quiet)
-    from featcache.config import load_config
     from featcache.heads.segment import SegmentConfig, segment_workspace
 
-    overrides = [*(settings or ()), *([f"seed={seed}"] if seed is not None else [])]
     result = segment_workspace(
         workspace,
-        load_config(SegmentConfig, path=config, overrides=overrides),
+        load_settings(SegmentConfig, config, settings, seed),
         run=run,
         backbone=backbone,
         manifest=manifest,
@@ -111,14 +106,10 @@ def segment(
 
 
 def ground(
-    phrase: Annotated[
-        list[str] | None,
-        typer.Option(help="What to look for; repeat. Else the data set's prompts."),
-    ] = None,
+    phrase: Phrases = None,
     run: RunName = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="Prompts by name or YAML file.", metavar="NAME")
-    ] = None,
+    prompts: PromptFile = None,
+    save_maps: SaveMaps = None,
     backbone: ImageSet = None,
     manifest: ManifestName = None,
     again: Again = False,
@@ -132,13 +123,13 @@ def ground(
 ) -> None:
     """Look for a phrase in the test images, without training on any mask."""
     workspace = open_workspace(root, quiet)
-    from featcache.config import load_config
     from featcache.heads.grounding import GroundConfig, ground_workspace
 
-    overrides = [*(settings or ()), *([f"seed={seed}"] if seed is not None else [])]
-    values = load_config(GroundConfig, path=config, overrides=overrides)
+    values = load_settings(GroundConfig, config, settings, seed)
     if phrase:
         values = values.model_copy(update={"phrases": tuple(phrase)})
+    if save_maps is not None:
+        values = values.model_copy(update={"save_maps": save_maps})
     result = ground_workspace(
         workspace,
         values,
@@ -154,10 +145,7 @@ def ground(
 
 def zeroshot(
     run: RunName = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(help="Prompts by name or YAML file; else the data set's.", metavar="NAME"),
-    ] = None,
+    prompts: PromptFile = None,
     backbone: ImageSet = None,
     manifest: ManifestName = None,
     again: Again = False,
@@ -171,13 +159,11 @@ def zeroshot(
 ) -> None:
     """Classify the test images by sentences, without training on any label."""
     workspace = open_workspace(root, quiet)
-    from featcache.config import load_config
     from featcache.heads.zeroshot import ZeroShotConfig, zeroshot_workspace
 
-    overrides = [*(settings or ()), *([f"seed={seed}"] if seed is not None else [])]
     result = zeroshot_workspace(
         workspace,
-        load_config(ZeroShotConfig, path=config, overrides=overrides),
+        load_settings(ZeroShotConfig, config, settings, seed),
         run=run,
         prompts=prompts,
         backbone=backbone,

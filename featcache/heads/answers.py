@@ -2,21 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from pydantic import JsonValue
 
+from featcache.errors import TrainingError
 from featcache.heads import scores
+from featcache.heads.attention import AttentionHeads, TokenRows, train_attention
 from featcache.heads.labels import LabelledImages
 from featcache.heads.mlp import Mlps, Schedule, train_mlps
 from featcache.heads.probe import Probes, train_probes
+from featcache.heads.problem import BLOCK_VALUES
 from featcache.heads.table import DIGITS
+
+Heads = Probes | Mlps | AttentionHeads
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Class probabilities of a method's runs.
+    """Class probabilities of a method's runs, or scores that order images and classes like them.
 
     Attributes:
         probabilities: Of each run (subset by subset, in it seed by seed), test image and class;
@@ -45,8 +51,8 @@ class ProbeGrid:
         select_by: Figure of `scores.METRICS` that chooses on validate; of findings, `auroc`.
         tolerance: Of linear probes, see `train_probes`.
         max_steps: See `train_probes`.
-        rates: Learning rates of MLP heads; empty: linear probes, which have none.
-        schedule: Size and length of MLP heads.
+        rates: Learning rates of MLP and attention heads; empty: linear probes, which have none.
+        schedule: Size and length of MLP and attention heads.
     """
 
     decays: Sequence[float]
@@ -66,25 +72,25 @@ class ProbeGrid:
         self,
         labelled: LabelledImages,
         members: Sequence[Int64[np.ndarray, " _"]],
-        vectors: Float32[np.ndarray, "N F"],
-    ) -> Probes | Mlps:
+        vectors: Float32[np.ndarray, "N F"] | TokenRows,
+    ) -> Heads:
         """All heads of all subsets, in one pass.
 
         Args:
             labelled: All labelled images.
             members: Numbers of the images of each training subset.
-            vectors: One per labelled image.
+            vectors: One per labelled image; or the tokens of each, for attention heads.
         """
+        trained: dict[str, Any] = {
+            "num_classes": len(labelled.classes),
+            "settings": self.settings,
+            "seeds": self.seeds,
+            "schedule": self.schedule,
+        }
+        if isinstance(vectors, TokenRows):
+            return train_attention(vectors, labelled.targets, members, **trained)
         if self.rates:
-            return train_mlps(
-                vectors,
-                labelled.targets,
-                members,
-                num_classes=len(labelled.classes),
-                settings=self.settings,
-                seeds=self.seeds,
-                schedule=self.schedule,
-            )
+            return train_mlps(vectors, labelled.targets, members, **trained)
         return train_probes(
             vectors,
             labelled.targets,
@@ -162,19 +168,23 @@ def _frequencies(
 def probe_answers(
     labelled: LabelledImages,
     members: Sequence[Int64[np.ndarray, " _"]],
-    inputs: Mapping[str, Float32[np.ndarray, "N _"]],
+    inputs: Mapping[str, Float32[np.ndarray, "N _"] | TokenRows],
     grid: ProbeGrid,
 ) -> Answers:
     """Train a head for every subset, setting, seed and pooling at once; validation chooses.
 
     For each subset one pooling and setting is taken for all its seeds, by the mean over them, the
-    first of equals: poolings in their order, then learning rates, then the smaller decay.
+    first of equals: poolings in their order, then learning rates, then the smaller decay. A setting
+    of which a head diverged is not taken.
 
     Args:
         labelled: All labelled images.
         members: Numbers of the images of each training subset.
-        inputs: Vectors of all labelled images, by pooling.
+        inputs: Vectors of all labelled images by pooling; or their tokens.
         grid: What is trained.
+
+    Raises:
+        TrainingError: With every setting a head diverged, or a chosen one does on `test`.
     """
     trained = {name: grid.train(labelled, members, given) for name, given in inputs.items()}
     validate = labelled.of("validate")
@@ -187,13 +197,16 @@ def probe_answers(
     # One choice for all seeds of a subset: else a difference in the last digits between seeds
     # chooses between near-equal decays, and that is all the seeds' spread would show.
     best = np.round(figures.mean(axis=2), DIGITS).argmax(axis=1)
+    picked = figures[np.arange(len(members)), best].flatten()
+    _refuse_diverged(np.isfinite(picked).all(), grid)
     names, numbers = list(inputs), np.arange(len(tables[0])).reshape(shape)
     test, chosen = labelled.of("test"), []
     for subset, place in enumerate(best.tolist()):
         name, setting = names[place // shape[1]], place % shape[1]
         chosen.append((name, numbers[subset, setting].tolist()))
-    runs = [trained[name].probabilities(inputs[name][test], some) for name, some in chosen]
-    picked = figures[np.arange(len(members)), best].flatten()
+    runs = [_asked(trained[name], inputs[name][test], some) for name, some in chosen]
+    found = np.concatenate(runs)
+    _refuse_diverged(np.isfinite(found).all(), grid)
     details: dict[str, JsonValue] = {
         "width": max(given.shape[1] for given in inputs.values()),
         "configurations_tried": int(figures.size),
@@ -201,16 +214,32 @@ def probe_answers(
         "validation": np.round(picked, DIGITS).tolist(),
         **_training_facts([(trained[name], some) for name, some in chosen]),
     }
-    late = sum(
-        int((~heads.converged[some]).sum())
-        for heads, some in ((trained[name], some) for name, some in chosen)
-        if isinstance(heads, Probes)
+    remark = _late([(trained[name], some) for name, some in chosen]) or _lost(
+        np.isneginf(figures), grid.settings * len(names)
     )
-    remark = f"{late} of {len(picked)} probes not converged" if late else ""
-    return Answers(np.concatenate(runs), details, remark)
+    return Answers(found, details, remark)
 
 
-def _training_facts(chosen: Sequence[tuple[Probes | Mlps, list[int]]]) -> dict[str, JsonValue]:
+def _late(chosen: Sequence[tuple[Heads, list[int]]]) -> str:
+    """How many of the chosen probes did not converge; empty when all did."""
+    probes = [(heads, some) for heads, some in chosen if isinstance(heads, Probes)]
+    late = sum(int((~heads.converged[some]).sum()) for heads, some in probes)
+    return f"{late} of {sum(len(some) for _, some in probes)} probes not converged" if late else ""
+
+
+def _lost(diverged: Bool[np.ndarray, "S G seeds"], settings: Sequence[tuple[float, float]]) -> str:
+    """How many heads diverged, and at which learning rates; empty when none did."""
+    if not diverged.any():
+        return ""
+    places: list[int] = np.flatnonzero(diverged.any(axis=(0, 2))).tolist()
+    rates = ", ".join(f"{rate:g}" for rate in sorted({settings[place][0] for place in places}))
+    return (
+        f"{int(diverged.sum())} of {diverged.size} heads diverged, none of them chosen "
+        f"(learning rate {rates})"
+    )
+
+
+def _training_facts(chosen: Sequence[tuple[Heads, list[int]]]) -> dict[str, JsonValue]:
     """How the chosen heads were trained, run by run."""
     facts: dict[str, JsonValue] = {
         "steps": [int(heads.steps[n]) for heads, some in chosen for n in some],
@@ -226,17 +255,43 @@ def _training_facts(chosen: Sequence[tuple[Probes | Mlps, list[int]]]) -> dict[s
     return facts | ({"learning_rates": rates} if rates else {"converged": converged})
 
 
+def _asked(
+    heads: Heads, inputs: Float32[np.ndarray, "n F"] | TokenRows, numbers: Sequence[int]
+) -> Float[np.ndarray, "K n C"]:
+    """Probabilities of some heads, each of which knows how to read its own kind of input."""
+    return heads.probabilities(inputs, numbers)  # type: ignore[arg-type]
+
+
 def _figures(
-    heads: Probes | Mlps,
-    inputs: Float32[np.ndarray, "n F"],
+    heads: Heads,
+    inputs: Float32[np.ndarray, "n F"] | TokenRows,
     targets: Int64[np.ndarray, " n"] | Int64[np.ndarray, "n T"],
     select_by: str,
 ) -> Float64[np.ndarray, " K"]:
-    """The figure that chooses, of every head."""
+    """The figure that chooses, of every head; minus infinity for one that diverged."""
     even = np.ones((1, len(targets)))
     column = 0 if targets.ndim == 2 else scores.METRICS.index(select_by)
-    figures = [
-        scores.weighted_figures(heads.probabilities(inputs, [number])[0], targets, even)[0, column]
-        for number in range(len(heads.subset))
-    ]
-    return np.array(figures)
+    figures = np.full(len(heads.subset), -np.inf)
+    # Several at a time, so that inputs are not read once for each; not all, of which many answers
+    # about many images would be.
+    step = max(1, BLOCK_VALUES // max(1, len(targets)))
+    for start in range(0, len(figures), step):
+        some = list(range(start, min(start + step, len(figures))))
+        for number, found in zip(some, _asked(heads, inputs, some), strict=True):
+            if np.isfinite(found).all():
+                figures[number] = scores.weighted_figures(found, targets, even)[0, column]
+    return figures
+
+
+def _refuse_diverged(is_finite: bool | np.bool_, grid: ProbeGrid) -> None:
+    """Answers must be numbers.
+
+    Raises:
+        TrainingError: They are not.
+    """
+    if not is_finite:
+        rates = ", ".join(f"{rate:g}" for rate in grid.rates) or "none"
+        raise TrainingError(
+            f"heads diverged: no setting gives answers that are numbers (learning rates {rates})",
+            fix=f"--set learning_rates=[{min(grid.rates, default=1e-3) / 10:g}]",
+        )

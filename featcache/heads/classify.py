@@ -1,8 +1,8 @@
 """Probes on cached features, beside the rows that any such result must be read against."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from featcache import __version__
 from featcache.adaptor.saved import TrainedAdaptor, load_adaptor
 from featcache.cache.reader import FeatureSet
 from featcache.config import to_plain
-from featcache.console import note
 from featcache.device import resolve_device
 from featcache.errors import FeatcacheError
 from featcache.heads import classify_notes, inputs, protocol, scores, vectors
@@ -26,13 +25,20 @@ from featcache.heads.answers import (
     probe_answers,
     source_answers,
 )
-from featcache.heads.classify_config import ProbeConfig, labels_of, refuse_blind_choice
-from featcache.heads.judge import Judge, Judgement
+from featcache.heads.attention import TokenRows
+from featcache.heads.classify_config import (
+    ProbeConfig,
+    labels_of,
+    refuse_blind_choice,
+    refuse_placeless,
+)
+from featcache.heads.judge import Judge, Judgement, differences
 from featcache.heads.labels import LabelledImages, Subset, training_subsets, write_subsets
 from featcache.heads.mlp import Schedule
 from featcache.heads.protocol import Column, Results, Row, Table, TestGate
 from featcache.heads.published import published_notes, published_rows
-from featcache.manifest.table import Manifest, open_manifest
+from featcache.heads.segment_tokens import CachedGrid, adapted_grid, random_grid
+from featcache.manifest.table import Manifest
 from featcache.workspace import Workspace
 
 __all__ = ["ADAPTOR", "RAW", "ProbeConfig", "finetune", "finetune_workspace"]
@@ -41,7 +47,7 @@ COLUMNS = tuple(Column(name, f"{scores.TITLES[name]} %") for name in scores.METR
 MAJORITY, SOURCE, RANDOM = "majority class", "source only", "random encoder"
 RAW, ADAPTOR, DIFFERENCE = "raw backbone", "Adaptor", "Adaptor minus raw backbone"
 
-Vectors = Mapping[str, Float32[np.ndarray, "N _"]]
+Vectors = Mapping[str, Float32[np.ndarray, "N _"] | TokenRows]
 
 
 def finetune(
@@ -66,8 +72,9 @@ def finetune(
         images: Features of the manifest's images.
         manifest: Labels, splits and patients.
         run: Folder of a training run, for the Adaptor; None leaves its rows out.
-        out: Gets `results.json`, `results.md`, `subsets/` and `test_reads.json`. A finished result
-            of the same request is returned untouched.
+        out: Gets `results.json`, `results.md`, `subsets/` and `test_reads.json`, and holds what
+            heads read while they train. A finished result of the same request is returned
+            untouched.
         config: The protocol's numbers.
         device: Where the Adaptor and the random encoder run; probes are trained on the CPU.
         again: Allow another request to read the test split of this folder.
@@ -75,7 +82,9 @@ def finetune(
     Raises:
         StaleFeatureSetError: The Adaptor was trained on another encoder's features.
         ManifestError: A split is empty, a patient is in two splits, or there is one class only.
-        TrainingError: The test split was read before, and `again` is False.
+        TrainingError: The test split was read before, and `again` is False; or every head of a
+            kind diverged.
+        UsageError: Attention heads are asked of a set without patch tokens.
     """
     device = resolve_device(device)
     trained = None if run is None else load_adaptor(run, device=device)
@@ -83,13 +92,11 @@ def finetune(
         inputs.refuse_foreign(images, trained.image_fingerprint, run)
     labelled = labels_of(images, manifest, config)
     refuse_blind_choice(labelled, config)
+    refuse_placeless(images.spec, config)
     study = _Study(images, manifest, trained, labelled, config, device)
-    request = protocol.request_hash(study.facts())
-    done = protocol.finished(out, request)
-    if done is not None:
-        return done
-    gate = TestGate(out, request, again=again)
-    gate.check()
+    gate = protocol.open_gate(out, study.facts(), again=again)
+    if isinstance(gate, Results):
+        return gate
     return _measure(study, gate, out)
 
 
@@ -99,7 +106,7 @@ def _measure(study: "_Study", gate: TestGate, out: Path) -> Results:
     shares = study.subsets()
     subsets = [subset for some in shares.values() for subset in some]
     listed = write_subsets(out / "subsets", labelled, subsets)
-    given = study.inputs()
+    given = study.inputs(out)
     answers = {percent: study.answers(some, given) for percent, some in shares.items()}
     test = labelled.of("test")
     judge = Judge(
@@ -125,7 +132,7 @@ def _measure(study: "_Study", gate: TestGate, out: Path) -> Results:
         *classify_notes.about_rules(config, labelled, judge),
         *classify_notes.about_gaps(subsets, judge),
         *inputs.adaptor_notes(study.trained, manifest),
-        *published_notes("classify", manifest, label=config.label),
+        *published_notes("classify", manifest, study.published_shares(shares), label=config.label),
         gate.note(),
     ]
     if study.trained is None:
@@ -151,6 +158,7 @@ def _measure(study: "_Study", gate: TestGate, out: Path) -> Results:
             for one in differences(judged[share], judge)
         ],
     }
+    shutil.rmtree(out / "tokens", ignore_errors=True)
     return protocol.save_results(out, table, record)
 
 
@@ -162,21 +170,6 @@ def judge_all(answers: Mapping[str, Answers], judge: Judge) -> dict[str, Judgeme
         judge: Holds the test labels.
     """
     return {name: judge.judge(one) for name, one in answers.items() if len(one.probabilities)}
-
-
-def differences(judged: Mapping[str, Judgement], judge: Judge) -> Iterator[dict[str, JsonValue]]:
-    """Every method minus every one before it, on the same draws of patients.
-
-    Args:
-        judged: By method, the trivial ones first.
-        judge: Held them against the test labels.
-    """
-    for second, first in combinations(judged, 2):
-        found = judge.difference(judged[first], judged[second])
-        figures: dict[str, JsonValue] = {
-            name: one.to_plain() for name, one in found.figures.items()
-        }
-        yield {"first": first, "second": second, "figures": figures}
 
 
 @dataclass(frozen=True)
@@ -207,14 +200,14 @@ class _Study:
     @property
     def grid(self) -> ProbeGrid:
         """Which heads are trained."""
-        config, is_mlp = self.config, self.config.head == "mlp"
+        config, has_rates = self.config, self.config.head != "linear"
         return ProbeGrid(
-            decays=sorted(set(config.mlp_weight_decays if is_mlp else config.weight_decays)),
+            decays=sorted(set(config.mlp_weight_decays if has_rates else config.weight_decays)),
             seeds=[config.seed + number for number in range(config.seeds)],
             select_by=config.select_by,
             tolerance=config.tolerance,
             max_steps=config.max_steps,
-            rates=sorted(set(config.learning_rates)) if is_mlp else (),
+            rates=sorted(set(config.learning_rates)) if has_rates else (),
             schedule=Schedule(config.hidden, config.epochs, device=self.device),
         )
 
@@ -229,8 +222,15 @@ class _Study:
             for share in shares
         }
 
-    def inputs(self) -> dict[str, Vectors | str]:
-        """Vectors of all labelled images by method and pooling, or why there are none."""
+    def inputs(self, folder: Path) -> dict[str, Vectors | str]:
+        """What heads read of all labelled images, by method and pooling, or why there is nothing.
+
+        Args:
+            folder: Where it lies as long as it is used: vectors in files without a name, tokens of
+                Adaptor and random encoder in `tokens/`.
+        """
+        if self.config.head == "attention":
+            return self._tokens(folder / "tokens")
         made = vectors.image_vectors(
             self.images,
             self.labelled.rows,
@@ -238,29 +238,50 @@ class _Study:
             poolings=self.config.poolings,
             device=self.device,
             batch_size=self.config.batch_size,
+            folder=folder,
         )
-        found: dict[str, Vectors | str] = {RANDOM: self._random()}
+        found: dict[str, Vectors | str] = {RANDOM: self._random(self._random_vectors)}
         found[RAW] = {str(pooling): one for pooling, one in made.raw.items()}
         if made.adaptor is not None:
             found[ADAPTOR] = {"objective": made.adaptor}
         return found
 
-    def _random(self) -> Vectors | str:
-        """Vectors of the random encoder, or why there are none."""
+    def _tokens(self, folder: Path) -> dict[str, Vectors | str]:
+        """Patch tokens by method, read from the cache or from files in a folder."""
+        images, rows, keys = self.images, self.labelled.rows, self.labelled.keys
+        numbers, device, seed = np.arange(len(rows)), self.device, self.config.seed
+
+        def random() -> Vectors:
+            made = random_grid(images, self.manifest, keys, folder, seed=seed, device=device)
+            return {"attention": TokenRows(made, numbers)}
+
+        found: dict[str, Vectors | str] = {RANDOM: self._random(random)}
+        found[RAW] = {"attention": TokenRows(CachedGrid(images, rows), numbers)}
+        if self.trained is not None:
+            own = adapted_grid(images, rows, self.trained, folder, device=device)
+            found[ADAPTOR] = own if isinstance(own, str) else {"attention": TokenRows(own, numbers)}
+        return found
+
+    def _random_vectors(self) -> Vectors:
+        """Vectors of the random encoder, by pooling."""
+        made = vectors.random_vectors(
+            self.images,
+            self.manifest,
+            self.labelled.keys,
+            seed=self.config.seed,
+            poolings=self.config.poolings,
+            device=self.device,
+        )
+        return {str(pooling): one for pooling, one in made.items()}
+
+    def _random(self, make: Callable[[], Vectors]) -> Vectors | str:
+        """What the random encoder gives, or why it gives nothing."""
         if not self.config.random_encoder:
             return "switched off by random_encoder=false"
         try:
-            made = vectors.random_vectors(
-                self.images,
-                self.manifest,
-                self.labelled.keys,
-                seed=self.config.seed,
-                poolings=self.config.poolings,
-                device=self.device,
-            )
+            return make()
         except FeatcacheError as error:
             return f"not computed: {error.what.partition(';')[0]}"
-        return {str(pooling): one for pooling, one in made.items()}
 
     def answers(
         self, subsets: Sequence[Subset], inputs: Mapping[str, Vectors | str]
@@ -309,10 +330,13 @@ class _Study:
             details = {**common, "runs": len(answers[RAW].probabilities)}
             remark = "paired: same subsets, seeds and draws"
             yield Row(name, DIFFERENCE, setting, self._shown(found), details, remark)
-        if subsets[0].shots is None and not self.labelled.of_findings:
-            yield from published_rows(
-                "classify", self.manifest, subsets[0].percent, label=self.config.label
-            )
+        for percent in self.published_shares([subsets[0].percent]):
+            yield from published_rows("classify", self.manifest, percent, label=self.config.label)
+
+    def published_shares(self, shares: Iterable[float]) -> list[float]:
+        """Those of the shares that published lines may stand beside; none of shots or findings."""
+        beside = self.config.shots is None and not self.labelled.of_findings
+        return list(shares) if beside else []
 
     def _shown(self, found: Judgement) -> dict[str, protocol.Estimate]:
         """The figures that the table has columns for."""
@@ -358,12 +382,9 @@ def finetune_workspace(
         device: `auto`, `cpu` or `cuda`.
         again: Allow another request to read the test split of the output folder.
     """
-    asked = run is not None or workspace.current("run") is not None
-    folder = workspace.run(run) if asked else None
-    table = open_manifest(workspace.manifest(manifest))
-    reads = load_adaptor(folder).image_fingerprint if folder is not None else None
-    images = FeatureSet.open(inputs.feature_folder(workspace, "image", backbone, reads, folder))
-    name = f"{table.name}-{config.asked}-{images.folder.name}"
-    out = inputs.results_folder(workspace, folder) / "finetune" / name
-    note(f"finetune: {images.spec.title}, run {folder.name if folder else '-'}, {table.title}")
+    folder = inputs.run_if_any(workspace, run)
+    found = inputs.look_up(workspace, folder, backbone=backbone, manifest=manifest)
+    images, table = found.images, found.manifest
+    out = found.results / "finetune" / f"{table.name}-{config.asked}-{images.folder.name}"
+    found.announce("finetune")
     return finetune(images, table, folder, out, config, device=device, again=again)

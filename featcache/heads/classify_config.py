@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from featcache.cache.format import FeatureSetSpec
 from featcache.cache.reader import FeatureSet
 from featcache.config import Config
 from featcache.errors import ManifestError, UsageError
@@ -27,14 +28,17 @@ class ProbeConfig(Config):
     blank: Literal["ignore", "negative"] = Field(
         "ignore", description="What a finding's empty label (not mentioned) counts as."
     )
-    head: Literal["linear", "mlp"] = Field(
-        "linear", description="linear, or mlp: one hidden layer."
+    head: Literal["linear", "mlp", "attention"] = Field(
+        "linear",
+        description="linear; mlp: one hidden layer; or attention: a trained pooling of the patch "
+        "tokens, read by a linear layer.",
     )
     poolings: tuple[Pooling, ...] = Field(
         POOLINGS,
         min_length=1,
         description="How the encoder's tokens become a vector: mean of the patches, prefix (the "
-        "class token), both; validation chooses. Without prefix tokens the mean alone.",
+        "class token), both; validation chooses. Without prefix tokens the mean alone. "
+        "Attention pooling is a head: head=attention.",
     )
     fractions: tuple[PositiveFloat, ...] = Field(
         (1, 10, 100), min_length=1, description="Shares of the training labels, in percent."
@@ -50,13 +54,15 @@ class ProbeConfig(Config):
         description="Of linear probes; validation chooses one for each subset.",
     )
     learning_rates: tuple[PositiveFloat, ...] = Field(
-        (3e-4, 3e-3), min_length=1, description="Of mlp heads alone; validation chooses."
+        (3e-4, 3e-3), min_length=1, description="Of mlp and attention heads; validation chooses."
     )
     mlp_weight_decays: tuple[PositiveFloat, ...] = Field(
-        (0.01, 1.0), min_length=1, description="Of mlp heads, as AdamW takes it."
+        (0.01, 1.0), min_length=1, description="Of mlp and attention heads, as AdamW takes it."
     )
     hidden: PositiveInt = Field(128, description="Hidden units of mlp heads.")
-    epochs: PositiveInt = Field(50, description="Epochs of mlp heads, at least 200 steps.")
+    epochs: PositiveInt = Field(
+        50, description="Epochs of mlp and attention heads, at least 200 steps."
+    )
     select_by: Literal["auroc", "accuracy", "balanced_accuracy"] = Field(
         "auroc", description="Validation figure that chooses; ties go to the smaller decay."
     )
@@ -143,4 +149,22 @@ def refuse_blind_choice(labelled: LabelledImages, config: ProbeConfig) -> None:
         raise ManifestError(
             f"split `validate` holds one class only, `{present[0]}`: AUROC cannot choose there",
             fix="--set select_by=accuracy, or a manifest with a larger validate split",
+        )
+
+
+def refuse_placeless(spec: FeatureSetSpec, config: ProbeConfig) -> None:
+    """Attention heads read patch tokens.
+
+    Args:
+        spec: Of the image set.
+        config: Names the head.
+
+    Raises:
+        UsageError: They are asked for, and the set has none.
+    """
+    if config.head == "attention" and spec.grid is None:
+        raise UsageError(
+            f"attention heads read patch tokens, and the set `{spec.title}` has none",
+            where="--set head=attention",
+            fix="extract with the token budget `all` or `grid`, or --set head=mlp",
         )

@@ -11,7 +11,7 @@ from featcache.heads.labels import LabelledImages, LabelPolicy, Subset
 from featcache.heads.vectors import pooling_rule, possible_poolings
 from featcache.manifest.table import Manifest
 
-HEADS = {"linear": "Linear probes", "mlp": "MLP heads"}
+HEADS = {"linear": "Linear probes", "mlp": "MLP heads", "attention": "Attention heads"}
 
 
 def about_inputs(
@@ -24,13 +24,14 @@ def about_inputs(
         labelled: All labelled images.
         config: How vectors are made.
     """
-    ways = [pooling_rule(spec, one) for one in possible_poolings(spec, config.poolings)]
-    chosen = "; validate chooses" if len(ways) > 1 else ""
-    yield (
-        f"Features: `{spec.title}` ({spec.fingerprint[:12]}). Raw and random encoder: "
-        f"{', or '.join(ways)}{chosen}; Adaptor: the vector of its objective; all standardised by "
-        "the training subset itself."
-    )
+    if config.head == "attention":
+        yield (
+            f"Features: `{spec.title}` ({spec.fingerprint[:12]}). Raw and random encoder: patch "
+            "tokens (prefix tokens left out), pooled by a trained query; Adaptor: its adapted "
+            "tokens at the same places; all standardised by the training subset itself."
+        )
+    else:
+        yield _about_vectors(spec, config)
     for reason, count in labelled.left_out.items():
         yield f"Left out: {count:,} images {reason}."
     for split in ("train", "validate", "test"):
@@ -38,6 +39,17 @@ def about_inputs(
         counts = ", ".join(f"{n} {c:,}" for n, c in labelled.class_counts(numbers).items())
         patients = len({labelled.subject_ids[number] for number in numbers})
         yield f"Split {split}: {len(numbers):,} images of {patients:,} patients ({counts})."
+
+
+def _about_vectors(spec: FeatureSetSpec, config: ProbeConfig) -> str:
+    """Which vectors heads read."""
+    ways = [pooling_rule(spec, one) for one in possible_poolings(spec, config.poolings)]
+    chosen = "; validate chooses" if len(ways) > 1 else ""
+    return (
+        f"Features: `{spec.title}` ({spec.fingerprint[:12]}). Raw and random encoder: "
+        f"{', or '.join(ways)}{chosen}; Adaptor: the vector of its objective; all standardised by "
+        "the training subset itself."
+    )
 
 
 def about_labels(
@@ -65,8 +77,14 @@ def about_rules(config: ProbeConfig, labelled: LabelledImages, judge: Judge) -> 
         judge: Of the test labels.
     """
     seeds = "probes that converged hardly depend on their seed"
+    if config.head != "linear":
+        seeds = "these heads depend on theirs"
+    if config.head == "attention":
+        yield (
+            "Head: one trained query weighs an image's patch tokens, a linear layer reads their "
+            "weighted mean; every image enters each epoch. Published probes are linear."
+        )
     if config.head == "mlp":
-        seeds = "MLP heads depend on theirs"
         yield (
             f"Head: an MLP with one hidden layer of {config.hidden} units (GELU), without batch "
             "norm and dropout; batches are of equal size within one row, so that no row is "
@@ -78,14 +96,15 @@ def about_rules(config: ProbeConfig, labelled: LabelledImages, judge: Judge) -> 
         f"interval). [95 % interval]: {config.draws:,} draws of test patients, each scored by all "
         "probes and averaged; a draw that lacks a class is left out."
     )
-    rates = " and learning rate" if config.head == "mlp" else ""
+    rates = " and learning rate" if config.head != "linear" else ""
     yield (
         f"Weight decay{rates}: chosen for each subset on validate by "
         f"{scores.TITLES[config.select_by]} (mean over its seeds; the smaller of equals)."
     )
     if labelled.of_findings:
+        own = "a probe" if config.head == "linear" else "an output"
         yield (
-            "Each finding is a probe of its own, trained and measured on the images where it is "
+            f"Each finding is {own} of its own, trained and measured on the images where it is "
             "known; one weight decay for all of them. Subsets are drawn by an image's rarest "
             "finding. Single findings stand below, for the largest share of the labels alone."
         )

@@ -14,6 +14,7 @@ from featcache.heads.labels import (
     join_targets,
     label_column,
 )
+from featcache.manifest.splits import SPLIT_NAMES
 from featcache.manifest.table import Manifest
 
 
@@ -31,7 +32,12 @@ def finding_names(manifest: Manifest) -> tuple[str, ...]:
 
 
 def labelled_findings(
-    images: FeatureSet, manifest: Manifest, names: Sequence[str], policy: LabelPolicy
+    images: FeatureSet,
+    manifest: Manifest,
+    names: Sequence[str],
+    policy: LabelPolicy,
+    *,
+    needs: Sequence[str] = SPLIT_NAMES,
 ) -> LabelledImages:
     """Join several findings to the rows of a feature set, by key.
 
@@ -42,11 +48,12 @@ def labelled_findings(
         manifest: Labels, splits, patients.
         names: Of the findings, with or without `label:`.
         policy: What labels mean that say neither yes nor no.
+        needs: Splits that must have images; one that trains must have `train` among them.
 
     Raises:
         UsageError: A name is unknown, stands twice, or is that of a column of class names.
         ManifestError: A patient is in two splits, a split is empty, or no finding is both present
-            and absent among the training images.
+            and absent among the training images, where those are needed.
     """
     plain = [name.removeprefix(PREFIX) for name in names]
     columns = [label_column(manifest, name) for name in plain]
@@ -64,9 +71,11 @@ def labelled_findings(
             fix=f"findings: {', '.join(finding_names(manifest)) or 'none in this manifest'}",
         )
     targets = np.stack([policy.settle(column) for column in columns], axis=1)
-    found = join_targets(images, manifest, targets, plain, unnamed="without a known finding")
+    found = join_targets(
+        images, manifest, targets, plain, unnamed="without a known finding", needs=needs
+    )
     train = found.targets[found.of("train")]
-    if not ((train == 1).any(axis=0) & (train == 0).any(axis=0)).any():
+    if "train" in needs and not ((train == 1).any(axis=0) & (train == 0).any(axis=0)).any():
         raise ManifestError(
             "no finding is present in some training images and absent in others",
             where=manifest.folder,

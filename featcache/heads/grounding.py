@@ -3,28 +3,26 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 from pydantic import Field, JsonValue, PositiveInt
-from torch import Tensor
 
 from featcache import __version__
-from featcache.adaptor.model import unit
 from featcache.adaptor.saved import TrainedAdaptor, load_adaptor
-from featcache.cache.format import read_spec
 from featcache.cache.reader import FeatureSet
 from featcache.config import Config, to_plain
-from featcache.console import note, task
 from featcache.device import resolve_device
-from featcache.encoders.interface import load_encoder
-from featcache.encoders.request import EncoderRequest, locate_all, run_request
-from featcache.encoders.text import FrozenTextEncoder
+from featcache.encoders.request import run_features
 from featcache.errors import UsageError
 from featcache.heads import inputs, protocol
-from featcache.heads.prompts import Prompts, encode_prompts, find_prompts, text_spec
+from featcache.heads.judge import Judgement, differences
+from featcache.heads.phrase_maps import centre_map, map_images
+from featcache.heads.phrase_pictures import Pictures
+from featcache.heads.prompt_reader import PromptReader, open_prompt_reader
+from featcache.heads.prompts import Prompts, find_prompts
 from featcache.heads.protocol import Column, Results, Row, Table, TestGate
 from featcache.heads.segment_decoder import upsample
 from featcache.heads.segment_masks import (
@@ -40,7 +38,6 @@ from featcache.heads.segment_scores import (
     Levels,
     MaskAnswer,
     MaskJudge,
-    MaskJudgement,
     Operating,
     answer,
     choose_operating,
@@ -50,16 +47,20 @@ from featcache.heads.segment_scores import (
 )
 from featcache.heads.segment_tokens import why_no_places
 from featcache.heads.segment_train import count_constant, mean_mask
-from featcache.heads.zeroshot import untrained_adaptor
-from featcache.loader.gather import iterate_rows
-from featcache.manifest.table import Manifest, open_manifest
+from featcache.heads.sentence_scores import untrained_adaptor
+from featcache.manifest.table import Manifest
 from featcache.workspace import Workspace
 
 SHOWN = ("dice", "dice_positive", "presence_auroc", "pointing", "dice_positive_own")
 COLUMNS = tuple(Column(name, f"{TITLES[name]} %") for name in SHOWN)
-NOTHING, PRIOR, UNTRAINED = "all empty", "mean training mask", "untrained Adaptor"
-ABSENT, ADAPTOR = "Adaptor, absence", "Adaptor"
-DIFFERENCE = "Adaptor minus untrained"
+NOTHING, PRIOR, CENTRE = "all empty", "mean training mask", "centre of the picture"
+UNTRAINED, ABSENT, ADAPTOR = "untrained Adaptor", "Adaptor, absence", "Adaptor"
+MINUS = {
+    NOTHING: "Adaptor minus all empty",
+    PRIOR: "Adaptor minus mean training mask",
+    UNTRAINED: "Adaptor minus untrained",
+}
+"""Differences that the table shows; `results.json` has them all."""
 Maps = Mapping[str, Sequence[Float32[np.ndarray, "N H W"]]]
 
 
@@ -77,40 +78,19 @@ class GroundConfig(Config):
         "dice", description="Validation figure that chooses the thresholds."
     )
     untrained: PositiveInt = Field(3, description="Adaptors with random weights in their row.")
+    save_maps: int = Field(
+        0, ge=0, description="Test images to draw with their maps; changes no figure."
+    )
     draws: int = Field(1000, ge=100, description="Bootstrap draws of the test patients.")
     batch_size: PositiveInt = Field(32, description="Images read at a time.")
     seed: int = Field(0, ge=0, description="Seed of the untrained Adaptors and the bootstrap.")
-
-
-@torch.inference_mode()
-def phrase_maps(
-    trained: TrainedAdaptor,
-    tokens: Float[Tensor, "B L D"],
-    texts: Float[Tensor, "J dim"],
-    grid: tuple[int, int],
-) -> Float[Tensor, "B H W"]:
-    """How much each place of each image resembles what some phrases look for.
-
-    Args:
-        trained: Its objective has places (`why_no_places` is empty).
-        tokens: Prefix tokens first, then the grid, row-major.
-        texts: What the objective's `encode_texts` gave for each phrase.
-        grid: Height, width in tokens.
-
-    Returns:
-        Cosines in [-1, 1], the mean over the phrases.
-    """
-    adapted = trained.adaptor.encode_images(tokens)[:, -grid[0] * grid[1] :]  # B P dim
-    asked = trained.objective.looks_for(texts)
-    cosines = torch.einsum("bpd,jd->bpj", unit(adapted), unit(asked)).mean(dim=2)
-    return cosines.view(len(cosines), *grid)
 
 
 def ground(
     images: FeatureSet,
     manifest: Manifest,
     run: Path,
-    request: EncoderRequest,
+    texts: Path,
     out: Path,
     config: GroundConfig,
     *,
@@ -119,18 +99,19 @@ def ground(
 ) -> Results:
     """Look for phrases in the test images, without training on any mask, and measure it.
 
-    Rows: all empty, mean training mask (the one row that knows training masks), Adaptors with
-    random weights, the Adaptor with phrases that deny the finding, the Adaptor, and its paired
-    difference to the random ones. Thresholds are chosen on `validate`; the masks of `test` are read
-    once.
+    Rows: all empty, mean training mask (the one row that knows training masks), the centre of the
+    picture, Adaptors with random weights, the Adaptor with phrases that deny the finding, the
+    Adaptor, and its paired differences. Thresholds are chosen on `validate`; the masks of `test`
+    are read once.
 
     Args:
         images: Features of the manifest's images, with a grid.
         manifest: Masks, splits and patients.
         run: Folder of the training run.
-        request: The run's text encoder, as asked for.
-        out: Gets `results.json`, `results.md` and `test_reads.json`. A finished result of the same
-            request is returned untouched.
+        texts: Folder of the text set that the run was trained on, which says how phrases are
+            encoded and stored; its shards are not read.
+        out: Gets `results.json`, `results.md`, `test_reads.json`, and `maps/` where pictures are
+            asked for. A finished result of the same request is returned untouched.
         config: The phrases and the protocol's numbers.
         device: Where text encoder and Adaptor run.
         again: Allow another request to read the test split of this folder.
@@ -143,8 +124,9 @@ def ground(
         TrainingError: The test split was read before, and `again` is False.
     """
     refuse_without_grid(images.spec, images.folder)
-    if not config.phrases:
-        raise UsageError("no phrase was given", where="phrases", fix="--phrase 'lung opacity'")
+    if not config.phrases or not all(one.strip() for one in (*config.phrases, *config.absent)):
+        what = "a phrase is empty" if config.phrases else "no phrase was given"
+        raise UsageError(what, where="--phrase", fix="--phrase 'lung opacity'")
     device = resolve_device(device)
     trained = load_adaptor(run, device=device)
     inputs.refuse_foreign(images, trained.image_fingerprint, run)
@@ -152,15 +134,14 @@ def ground(
     if reason:
         raise UsageError(reason, where=run, fix="--set adaptor.objective=allpairs, and train")
     study = _Study(images, manifest, trained, masked_images(images, manifest), config, device)
-    gate = TestGate(out, protocol.request_hash(study.facts()), again=again)
-    done = protocol.finished(out, gate.request)
-    if done is not None:
-        return done
-    gate.check()
-    (located,) = locate_all([request])
-    encoder = cast(FrozenTextEncoder, load_encoder(located, device=device))
-    maps = study.maps(encoder, request)
-    return _measure(study, maps, gate, out)
+    gate = protocol.open_gate(out, study.facts(), again=again)
+    if isinstance(gate, Results) and not config.save_maps:
+        return gate
+    maps = study.maps(open_prompt_reader(texts, trained, device=device))
+    results = gate if isinstance(gate, Results) else _measure(study, maps, gate, out)
+    if config.save_maps:
+        study.draw(maps[ADAPTOR][0], out / "maps")
+    return results
 
 
 @dataclass(frozen=True)
@@ -192,12 +173,13 @@ class _Study:
             "split": "test",
             **inputs.source_facts(self.manifest, self.trained, images=self.images),
             "text_features": self.trained.text_fingerprint,
-            "config": to_plain(self.config),
+            **self.masked.facts(),
+            "config": {k: v for k, v in to_plain(self.config).items() if k != "save_maps"},
         }
 
-    def maps(self, encoder: FrozenTextEncoder, request: EncoderRequest) -> Maps:
+    def maps(self, reader: PromptReader) -> Maps:
         """Similarity maps by method and run, on the grid, in one pass over the images."""
-        config, spec = self.config, text_spec(encoder, request, self.trained)
+        config = self.config
         seeds = range(config.seed, config.seed + config.untrained)
         asked: list[tuple[str, TrainedAdaptor, tuple[str, ...]]] = [
             *(
@@ -208,30 +190,39 @@ class _Study:
         ]
         if config.absent:
             asked.insert(-1, (ABSENT, self.trained, config.absent))
+        sentences = sorted({*config.phrases, *config.absent})
+        vectors = reader.vectors([adaptor for _, adaptor, _ in asked], sentences)
         texts = [
-            encode_prompts(adaptor, encoder, spec, phrases, device=self.device)
-            for _, adaptor, phrases in asked
+            vector[[sentences.index(phrase) for phrase in phrases]]
+            for vector, (_, _, phrases) in zip(vectors, asked, strict=True)
         ]
-        parts: list[list[Float32[np.ndarray, "B H W"]]] = [[] for _ in asked]
-        rows, done = self.masked.labelled.rows[self.numbers], 0
-        with task(f"look through {self.images.spec.title}", len(rows)) as progress:
-            blocks = iterate_rows(self.images, rows, config.batch_size, **self.trained.reading)
-            for some, tokens, _ in blocks:
-                moved = tokens.to(self.device, torch.float32)
-                for part, (_, adaptor, _), text in zip(parts, asked, texts, strict=True):
-                    part.append(phrase_maps(adaptor, moved, text, self.grid).cpu().numpy())
-                done += len(some)
-                progress.update(done)
+        made = map_images(
+            [adaptor for _, adaptor, _ in asked],
+            texts,
+            self.images,
+            self.masked.labelled.rows[self.numbers],
+            device=self.device,
+            batch_size=config.batch_size,
+        )
         found: dict[str, list[Float32[np.ndarray, "N H W"]]] = {}
-        for (method, _, _), part in zip(asked, parts, strict=True):
-            found.setdefault(method, []).append(np.concatenate(part))
+        for (method, _, _), one in zip(asked, made, strict=True):
+            found.setdefault(method, []).append(one)
         return found
+
+    def draw(self, maps: Float32[np.ndarray, "N H W"], folder: Path) -> None:
+        """Pictures of some test images with their maps."""
+        size = pixel_size(self.grid, self.config.size)
+        pictures = Pictures(self.manifest, self.masked, size)
+        place = {number: at for at, number in enumerate(self.numbers.tolist())}
+        chosen = pictures.choose(self.config.save_maps)
+        pictures.save(folder, chosen, maps[[place[number] for number in chosen]])
 
 
 def _measure(study: _Study, maps: Maps, gate: TestGate, out: Path) -> Results:
     """Choose thresholds on validate, then read the test masks, then write."""
     masked, config, manifest = study.masked, study.config, study.manifest
     labelled, size = masked.labelled, pixel_size(study.grid, config.size)
+    maps = {CENTRE: [np.stack([centre_map(study.grid)] * len(study.numbers))], **maps}
     validate, test = labelled.of("validate"), labelled.of("test")
     known = masked.masks(validate, size)
     chosen = {
@@ -258,10 +249,11 @@ def _measure(study: _Study, maps: Maps, gate: TestGate, out: Path) -> Results:
         draws=config.draws,
         seed=config.seed,
     )
+    judged = {way: judge.judge(runs) for way, runs in answers.items()}
     table = Table(
         title=f"Grounding: {manifest.name}, split test",
         columns=COLUMNS,
-        rows=tuple(_rows(study, answers, judge)),
+        rows=tuple(_rows(study, judged, judge)),
         notes=(
             *manifest.meta.notes,
             *_notes(study, size, judge),
@@ -276,6 +268,7 @@ def _measure(study: _Study, maps: Maps, gate: TestGate, out: Path) -> Results:
         "featcache": __version__,
         "mask_size": list(size),
         "left_out": dict(labelled.left_out),
+        "differences": list(differences(judged, judge)),
     }
     return protocol.save_results(out, table, record)
 
@@ -317,34 +310,22 @@ def _nothing(masks: Masks, numbers: Int64[np.ndarray, " n"]) -> MaskAnswer:
     return answer(empty_counts(target, masks.size[0] * masks.size[1], levels), none)
 
 
-def _rows(
-    study: _Study, answers: Mapping[str, Sequence[MaskAnswer]], judge: MaskJudge
-) -> Iterator[Row]:
+def _rows(study: _Study, judged: Mapping[str, Judgement], judge: MaskJudge) -> Iterator[Row]:
     """The lines of the table."""
-    judged: dict[str, MaskJudgement] = {way: judge.judge(runs) for way, runs in answers.items()}
-    judged[DIFFERENCE] = judge.difference(judged[ADAPTOR], _one(judged[UNTRAINED]))
     remarks = {
         NOTHING: "sees no pixel; points anywhere",
-        PRIOR: "knows training masks, sees no pixel",
+        PRIOR: "knows training masks, sees no pixel; points where most of them lie",
+        CENTRE: "sees no pixel; a disc whose size validate chose",
         UNTRAINED: f"random weights, the same phrases; {study.config.untrained} of them",
         ABSENT: "phrases that deny it; a control, as the map should follow the phrase",
-        DIFFERENCE: "paired: same draws",
     }
-    setting = {"images": f"{len(judge.positive):,}"}
-    for way, found in judged.items():
-        details = dict(found.details)
+    gaps = {MINUS[way]: judge.difference(judged[ADAPTOR], judged[way]) for way in MINUS}
+    remarks |= dict.fromkeys(gaps, "paired: same draws")
+    name, setting = study.manifest.title, {"images": f"{len(judge.positive):,}"}
+    for way, found in {**judged, **gaps}.items():
         yield Row(
-            study.manifest.title, way, setting, dict(found.figures), details, remarks.get(way, "")
+            name, way, setting, dict(found.figures), dict(found.details), remarks.get(way, "")
         )
-
-
-def _one(judged: MaskJudgement) -> MaskJudgement:
-    """Several random Adaptors as one, by their means: to be paired with the one trained."""
-    means = {
-        name: protocol.Estimate((figure.mean,), figure.interval)
-        for name, figure in judged.figures.items()
-    }
-    return MaskJudgement(means, judged.drawn, judged.details)
 
 
 def _notes(study: _Study, size: tuple[int, int], judge: MaskJudge) -> Iterator[str]:
@@ -399,19 +380,16 @@ def ground_workspace(
         UsageError: No phrase is known, or the prompts are about several findings.
     """
     folder = workspace.run(run)
-    reads = load_adaptor(folder).image_fingerprint
-    chosen = inputs.feature_folder(workspace, "image", backbone, reads, folder)
-    refuse_without_grid(read_spec(chosen), chosen)
-    table, name = open_manifest(workspace.manifest(manifest)), "phrase"
+    found = inputs.look_up(workspace, folder, backbone=backbone, manifest=manifest, needs_grid=True)
+    images, table, name = found.images, found.manifest, "phrase"
     if not config.phrases:
         name, sentences = find_prompts(prompts, table)
         config = config.model_copy(update=_phrases_of(sentences, name))
-    images = FeatureSet.open(chosen)
-    request = run_request(workspace, str(folder), "text")
+    texts = run_features(workspace, str(folder), "text")
     # Other phrases are another request to the same folder: else they could be chosen on test.
-    out = inputs.results_folder(workspace, folder) / "ground" / f"{table.name}-{chosen.name}"
-    note(f"ground: run {folder.name}, {images.spec.title}, {table.title}, phrases of `{name}`")
-    return ground(images, table, folder, request, out, config, device=device, again=again)
+    out = found.results / "ground" / f"{table.name}-{images.folder.name}"
+    found.announce("ground", f", phrases of `{name}`")
+    return ground(images, table, folder, texts, out, config, device=device, again=again)
 
 
 def _phrases_of(prompts: Prompts, name: str) -> dict[str, tuple[str, ...]]:

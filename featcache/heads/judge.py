@@ -1,8 +1,9 @@
 """Answers held against the test labels: figures, their spread, intervals, paired differences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import combinations
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
@@ -21,7 +22,7 @@ class Judgement:
     """The figures of one method on one share of the labels.
 
     Attributes:
-        figures: By name in `scores.metric_names`.
+        figures: By name, in the order of the columns of `drawn`.
         drawn: The same figures, mean over the runs, in every bootstrap draw.
         details: Facts for `results.json`.
     """
@@ -29,6 +30,88 @@ class Judgement:
     figures: Mapping[str, Estimate]
     drawn: Float64[np.ndarray, "draws M"]
     details: Mapping[str, JsonValue] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> int:
+        """How many runs the figures are means over."""
+        return len(next(iter(self.figures.values())).values)
+
+
+@runtime_checkable
+class Subtracts(Protocol):
+    """A judge of any head: it knows which figures get an interval."""
+
+    def difference(self, first: Judgement, second: Judgement) -> Judgement:
+        """First minus second, on the same draws."""
+        ...
+
+
+def estimates(
+    names: Sequence[str],
+    values: Float64[np.ndarray, "R M"],
+    drawn: Float64[np.ndarray, "draws M"],
+    allowed: Mapping[str, bool],
+) -> dict[str, Estimate]:
+    """Figures with their runs and intervals.
+
+    Args:
+        names: Of the figures.
+        values: Of each run.
+        drawn: Mean over the runs, in every draw.
+        allowed: Which figures get an interval; one that does not exist in a run gets none.
+    """
+    found = {}
+    for column, name in enumerate(names):
+        own = values[:, column]
+        has = allowed[name] and not np.isnan(own).any()
+        found[name] = Estimate(tuple(own.tolist()), interval_of(drawn[:, column]) if has else None)
+    return found
+
+
+def subtract(first: Judgement, second: Judgement, allowed: Mapping[str, bool]) -> Judgement:
+    """First minus second, draw by draw, and run by run as far as they have runs in common.
+
+    A method may have fewer runs than another: a trivial row has one for each subset where probes
+    have one for each subset and seed, or a single one for all. Each of the fewer then stands beside
+    as many of the others, in their order. Where the numbers do not fit, the means alone are
+    subtracted.
+
+    Args:
+        first: Figures of a method.
+        second: The same figures of another, on the same draws.
+        allowed: Which figures get an interval.
+    """
+    names = list(first.figures)
+    ours, theirs = (
+        np.array([one.figures[name].values for name in names], dtype=np.float64).T  # R M
+        for one in (first, second)
+    )
+    most = max(len(ours), len(theirs))
+    if most % len(ours) or most % len(theirs):
+        ours, theirs = ours.mean(axis=0, keepdims=True), theirs.mean(axis=0, keepdims=True)
+        most = 1
+    gaps = np.repeat(ours, most // len(ours), axis=0) - np.repeat(
+        theirs, most // len(theirs), axis=0
+    )
+    drawn = first.drawn - second.drawn
+    return Judgement(estimates(names, gaps, drawn, allowed), drawn)
+
+
+def differences(
+    judged: Mapping[str, Judgement], judge: Subtracts
+) -> Iterator[dict[str, JsonValue]]:
+    """Every method minus every one before it, on the same draws of patients.
+
+    Args:
+        judged: By method, the trivial ones first.
+        judge: Held them against the test answers.
+    """
+    for second, first in combinations(judged, 2):
+        found = judge.difference(judged[first], judged[second])
+        figures: dict[str, JsonValue] = {
+            name: one.to_plain() for name, one in found.figures.items()
+        }
+        yield {"first": first, "second": second, "figures": figures}
 
 
 @dataclass(frozen=True)
@@ -109,29 +192,14 @@ class Judge:
         Args:
             answers: At least one run.
         """
-        runs = [scores.figures(run, self.targets) for run in answers.probabilities]
+        runs = np.array([scores.figures(run, self.targets) for run in answers.probabilities])
         drawn = self._draw(answers.probabilities)
-        allowed = self.has_interval()
-        figures = {}
-        for column, name in enumerate(self.metrics):
-            values = tuple(float(run[column]) for run in runs)
-            interval = interval_of(drawn[:, column]) if allowed[name] else None
-            figures[name] = Estimate(values, None if np.isnan(values).any() else interval)
+        figures = estimates(self.metrics, runs, drawn, self.has_interval())
         return Judgement(figures, drawn, {**answers.details, **self._per_class(answers)})
 
     def difference(self, first: Judgement, second: Judgement) -> Judgement:
-        """First minus second, draw by draw; run by run where both have the same runs."""
-        drawn = first.drawn - second.drawn
-        figures = {}
-        for column, name in enumerate(self.metrics):
-            one, other = first.figures[name], second.figures[name]
-            values: tuple[float, ...] = (one.mean - other.mean,)
-            if len(one.values) == len(other.values):
-                pairs = zip(one.values, other.values, strict=True)
-                values = tuple(a - b for a, b in pairs)
-            has = one.interval is not None
-            figures[name] = Estimate(values, interval_of(drawn[:, column]) if has else None)
-        return Judgement(figures, drawn)
+        """First minus second; see `subtract`."""
+        return subtract(first, second, self.has_interval())
 
     def _draw(self, probabilities: Float[np.ndarray, "R n C"]) -> Float64[np.ndarray, "draws M"]:
         """The mean figures of all runs in every draw."""

@@ -165,7 +165,12 @@ def _refuse_shared_patients(subject_ids: Sequence[str], splits: Sequence[str | N
 
 
 def labelled_images(
-    images: FeatureSet, manifest: Manifest, label: str, policy: LabelPolicy | None = None
+    images: FeatureSet,
+    manifest: Manifest,
+    label: str,
+    policy: LabelPolicy | None = None,
+    *,
+    needs: Sequence[str] = SPLIT_NAMES,
 ) -> LabelledImages:
     """Join a manifest's labels to the rows of a feature set, by key.
 
@@ -174,15 +179,14 @@ def labelled_images(
         manifest: Labels, splits, patients.
         label: Name of a label column, with or without `label:`.
         policy: What labels mean that say neither yes nor no; None leaves them out.
+        needs: Splits that must have images.
 
     Raises:
         UsageError: There is no such label.
         ManifestError: A patient is in two splits, a split is empty, or there is a single class.
     """
-    column = label_column(manifest, label)
-    return images_with_classes(
-        images, manifest, _class_names(column, label, policy or LabelPolicy())
-    )
+    named = _class_names(label_column(manifest, label), label, policy or LabelPolicy())
+    return images_with_classes(images, manifest, named, needs=needs)
 
 
 def images_with_classes(
@@ -192,6 +196,7 @@ def images_with_classes(
     *,
     unnamed: str = "without a (certain) label",
     fewest_classes: int = 2,
+    needs: Sequence[str] = SPLIT_NAMES,
 ) -> LabelledImages:
     """Join classes to the rows of a feature set, by key.
 
@@ -201,6 +206,7 @@ def images_with_classes(
         named: Class of each image of the manifest, None where it has none.
         unnamed: Reason under which those are counted.
         fewest_classes: How many there must be.
+        needs: Splits that must have images.
 
     Raises:
         ManifestError: A patient is in two splits, a split is empty, or there are too few classes.
@@ -208,7 +214,7 @@ def images_with_classes(
     classes = sorted({name for name in named if name is not None})
     number_of: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
     targets = np.array([number_of.get(name, UNKNOWN) for name in named], dtype=np.int64)
-    found = join_targets(images, manifest, targets, classes, unnamed=unnamed)
+    found = join_targets(images, manifest, targets, classes, unnamed=unnamed, needs=needs)
     counts = np.bincount(found.targets, minlength=len(classes))
     if not counts.all():  # a class none of whose images can be used is none
         kept = np.flatnonzero(counts)
@@ -228,6 +234,7 @@ def join_targets(
     classes: Sequence[str],
     *,
     unnamed: str,
+    needs: Sequence[str] = SPLIT_NAMES,
 ) -> LabelledImages:
     """Join answers to the rows of a feature set, by key; what cannot be used is counted.
 
@@ -238,6 +245,7 @@ def join_targets(
             no answer.
         classes: Their names.
         unnamed: Reason under which images without any answer are counted.
+        needs: Splits that must have images.
 
     Raises:
         ManifestError: A patient is in two splits, or a split is empty.
@@ -266,7 +274,7 @@ def join_targets(
         classes=tuple(classes),
         left_out=dict(sorted(left_out.items())),
     )
-    _refuse_empty_splits(found, manifest)
+    _refuse_empty_splits(found, manifest, needs)
     return found
 
 
@@ -282,17 +290,17 @@ def _why_not(images: FeatureSet, key: str, split: str | None, unnamed: str) -> s
     return "" if images.valid[row] else "quarantined (could not be read)"
 
 
-def _refuse_empty_splits(found: LabelledImages, manifest: Manifest) -> None:
-    """Every split needs an image."""
-    empty = [split for split in SPLIT_NAMES if len(found.of(split)) == 0]
+def _refuse_empty_splits(found: LabelledImages, manifest: Manifest, needs: Sequence[str]) -> None:
+    """Every split that is needed needs an image."""
+    empty = [split for split in needs if len(found.of(split)) == 0]
     if empty:
         reasons = "; ".join(f"{count} {reason}" for reason, count in found.left_out.items())
         raise ManifestError(
             f"no labelled image with features in split {' and '.join(f'`{s}`' for s in empty)}"
             + (f" (left out: {reasons})" if reasons else ""),
             where=manifest.folder,
-            fix="make the manifest again with patients in train, validate and test: a head is "
-            "chosen on validate and tested on test",
+            fix=f"make the manifest again with patients in {', '.join(needs)}"
+            + (": a head is chosen on validate and tested on test" if len(needs) > 1 else ""),
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from featcache.heads.probe import refuse_untrainable
-from featcache.heads.solver import softened
+from featcache.heads.problem import Standardised
 
 BETAS, TINY = (0.9, 0.999), 1e-8  # AdamW's
 
@@ -111,8 +111,13 @@ def _forward(
     return torch.baddbmm(last_bias, hidden, last)
 
 
-def _loss(logits: Float[Tensor, "K b C"], targets: Tensor) -> Float[Tensor, ""]:
-    """Sum over the heads of the mean loss of a batch, so that no head feels another."""
+def summed_loss(logits: Float[Tensor, "K b C"], targets: Tensor) -> Float[Tensor, ""]:
+    """Sum over the heads of the mean loss of a batch, so that no head feels another.
+
+    Args:
+        logits: Of each head for its rows.
+        targets: Classes, K b; or for each finding 1, 0 or -1 = unknown, K b C.
+    """
     if targets.ndim == 2:  # K b
         flat = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return flat.view(targets.shape).mean(dim=1).sum()
@@ -131,15 +136,28 @@ def _fresh(width: int, hidden: int, outputs: int, seed: int) -> list[Tensor]:
     return [inner, torch.zeros(1, hidden), outer, torch.zeros(1, outputs)]
 
 
-def _orders(rows: int, epochs: int, seeds: Sequence[int]) -> Iterator[Int64[Tensor, "s n"]]:
-    """The order of the rows in each epoch, for every seed: it depends on nothing but the seed."""
+def row_orders(rows: int, epochs: int, seeds: Sequence[int]) -> Iterator[Int64[Tensor, "s n"]]:
+    """The order of the rows in each epoch, for every seed: it depends on nothing but the seed.
+
+    Args:
+        rows: How many.
+        epochs: Orders that are drawn.
+        seeds: One for each order of an epoch.
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for _ in range(epochs):
         yield torch.stack([torch.randperm(rows, generator=one) for one in generators])
 
 
-class _AdamW:
-    """AdamW for K heads, each with its own rate and decay; both fall along half a cosine."""
+class AdamWs:
+    """AdamW for K heads, each with its own rate and decay; both fall along half a cosine.
+
+    Args:
+        parameters: Weights and biases in turn, one of each for every head.
+        rates: Of the heads.
+        decays: Of the heads.
+        steps: That will be taken.
+    """
 
     def __init__(self, parameters: list[Tensor], rates: Tensor, decays: Tensor, steps: int):
         self.parameters, self.steps, self.taken = parameters, steps, 0
@@ -149,7 +167,11 @@ class _AdamW:
 
     @torch.no_grad()
     def step(self, slopes: Sequence[Float[Tensor, "K ..."]]) -> None:
-        """One step; biases do not decay."""
+        """One step; biases do not decay: every second one of the parameters.
+
+        Args:
+            slopes: Of the parameters, in their order.
+        """
         rate = self.rates * 0.5 * (1.0 + np.cos(np.pi * self.taken / self.steps))
         self.taken += 1
         for number, (one, slope) in enumerate(zip(self.parameters, slopes, strict=True)):
@@ -195,14 +217,13 @@ def train_mlps(
     grid = [(rate, decay, seed) for rate, decay in settings for seed in seeds]
     means, spreads, trained, steps = [], [], [], []
     for rows in subsets:
-        own = torch.from_numpy(vectors[rows]).double()
-        mean, sd = own.mean(dim=0), softened(own.std(dim=0, correction=0))
-        inputs = ((own - mean) / sd).float().to(plan.device)
+        own = Standardised(vectors, rows)
+        inputs = torch.cat([block.float() for _, block in own.blocks()]).to(plan.device)
         answers = torch.from_numpy(targets[rows]).to(plan.device)
         parameters, taken = _train(inputs, answers, num_classes, grid, len(settings), plan)
         trained.append([one.cpu() for one in parameters])
-        means += [mean.float()] * len(grid)
-        spreads += [sd.float()] * len(grid)
+        means += [own.mean.float()] * len(grid)
+        spreads += [own.sd.float()] * len(grid)
         steps += [taken] * len(grid)
     joined = [torch.cat([one[number] for one in trained]) for number in range(4)]
     values = np.tile(np.array([one[:2] for one in grid], dtype=np.float64), (len(subsets), 1))
@@ -238,11 +259,11 @@ def _train(
     rates, decays = (
         torch.tensor([one[place] for one in grid], device=inputs.device) for place in (0, 1)
     )
-    optimizer = _AdamW(parameters, rates, decays, epochs * len(sizes))
-    for order in _orders(len(inputs), epochs, seeds):
+    optimizer = AdamWs(parameters, rates, decays, epochs * len(sizes))
+    for order in row_orders(len(inputs), epochs, seeds):
         for rows in torch.split(
             order.repeat(num_settings, 1).to(inputs.device), sizes, dim=1
         ):  # K b
-            loss = _loss(_forward(inputs[rows], parameters), targets[rows])
+            loss = summed_loss(_forward(inputs[rows], parameters), targets[rows])
             optimizer.step(torch.autograd.grad(loss, parameters))
     return [one.detach() for one in parameters], optimizer.taken

@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from featcache.errors import TrainingError
-from featcache.heads.solver import ClassProblem, FindingProblem, Problem, solve
+from featcache.heads.problem import ClassProblem, FindingProblem, Problem, row_blocks
+from featcache.heads.solver import solve
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,12 @@ class Probes:
         """
         chosen = slice(None) if numbers is None else list(numbers)
         weight, bias = self.weight[chosen], self.bias[chosen]
-        inputs = torch.from_numpy(vectors).to(weight.dtype)
-        logits = torch.einsum("nd,kcd->knc", inputs, weight) + bias[:, None]
-        return (logits.sigmoid() if self.of_findings else logits.softmax(dim=-1)).numpy()
+        found = torch.empty(len(weight), len(vectors), weight.shape[1], dtype=weight.dtype)
+        for place in row_blocks(*vectors.shape):
+            inputs = torch.from_numpy(vectors[place]).to(weight.dtype)
+            logits = torch.einsum("nd,kcd->knc", inputs, weight) + bias[:, None]
+            found[:, place] = logits.sigmoid() if self.of_findings else logits.softmax(dim=-1)
+        return found.numpy()
 
 
 def refuse_untrainable(
@@ -72,8 +76,11 @@ def refuse_untrainable(
     """
     if any(len(rows) == 0 for rows in subsets):
         raise TrainingError("a training subset holds no image", fix="a larger fraction")
-    if not np.isfinite(vectors).all():
-        bad = int((~np.isfinite(vectors).all(axis=1)).sum())
+    bad = sum(
+        int((~np.isfinite(vectors[place]).all(axis=1)).sum())
+        for place in row_blocks(*vectors.shape)
+    )
+    if bad:
         raise TrainingError(
             f"{bad} of {len(vectors)} vectors hold values that are not finite",
             fix="featcache verify --deep",
@@ -104,7 +111,8 @@ def train_probes(
     mean cross-entropy over its subset plus `decay / 2` times the squared weights (bias excepted);
     of findings it is that of each finding over the images where it is known. A seed sets the
     weights a probe starts from; probes that converged differ between seeds by no more than the
-    tolerance allows, which is a check of the solver. Runs on the CPU in float64.
+    tolerance allows, which is a check of the solver. Runs on the CPU. Beside `vectors`, which
+    may be a memory map, it needs memory for one float32 copy of the largest subset.
 
     Args:
         vectors: One per image.
@@ -122,11 +130,8 @@ def train_probes(
     """
     refuse_untrainable(vectors, subsets)
     of_findings = targets.ndim == 2
-    problem: Problem
-    if of_findings:
-        problem = FindingProblem(vectors, targets, subsets)
-    else:
-        problem = ClassProblem(vectors, targets, subsets, num_classes)
+    kind: type[Problem] = FindingProblem if of_findings else ClassProblem
+    problem = kind(vectors, targets, subsets)
     grid = [(decay, seed) for decay in decays for seed in seeds]
     size = num_classes * (vectors.shape[1] + 1)
     first = torch.stack([_first_weights(size, seed) for _, seed in grid])

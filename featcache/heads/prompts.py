@@ -1,24 +1,23 @@
-"""Prompts: what a class is called in words, and what an Adaptor's text side makes of them."""
+"""Prompts: what a class or a finding is called in words."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-import torch
-from jaxtyping import Float
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from featcache.adaptor.saved import TrainedAdaptor
-from featcache.cache.format import FeatureSetSpec
 from featcache.config import Config, find_config, list_configs, load_config
-from featcache.encoders.forward import Pace
-from featcache.encoders.request import EncoderRequest
-from featcache.encoders.text import FrozenTextEncoder
-from featcache.errors import StaleFeatureSetError, UsageError
+from featcache.errors import UsageError, nearest
 from featcache.manifest.table import Manifest
 
 Sentences = tuple[str, ...]
+NEARLY = 0.8
+"""Similarity from which on a name is taken for another one misspelt; `Pleural Effusion` and
+`Effusion` have 0.67."""
+NAMED = 5  # findings that a message names
+SHARED = {"mimic-cxr": "chexpert", "mimic-cxr-jpg": "chexpert"}
+"""Data sets whose labels, and so prompts, are those of another one."""
 
 
 class FindingPrompts(Config):
@@ -47,6 +46,10 @@ class Prompts(Config):
         empty = [name for name, some in self.classes.items() if not some]
         if len(self.classes) == 1 or empty:
             raise ValueError("`classes` needs two or more, each with a sentence")
+        said = [*self.classes.values()]
+        said += [some for one in self.findings.values() for some in (one.present, one.absent)]
+        if not all(sentence.strip() for some in said for sentence in some):
+            raise ValueError("a sentence is empty")
         return self
 
     def groups(self, names: Sequence[str]) -> list[Sentences]:
@@ -87,77 +90,88 @@ def find_prompts(name: str | None, manifest: Manifest) -> tuple[str, Prompts]:
         manifest: Its reader's name is that of its prompts.
 
     Raises:
-        UsageError: There are none of that name, or none for the data set.
+        UsageError: There are none of that name, no such file, or none for the data set.
         ConfigError: The file does not fit.
     """
-    if name is not None and Path(name).suffix in (".yaml", ".yml"):
-        return Path(name).stem, load_config(Prompts, path=Path(name))
-    known = list_configs("prompts")
+    known = [*list_configs("prompts"), *SHARED]
+    if name is not None and name not in known:
+        path = Path(name)
+        if path.is_file():
+            return path.stem, load_config(Prompts, path=path)
+        is_path = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
+        raise UsageError(
+            "there is no such file of prompts"
+            if is_path
+            else f"there are no prompts `{name}`; {nearest(name, known)}",
+            where=path if is_path else "--prompts",
+            fix=f"a YAML file, or one of: {', '.join(sorted(known))}",
+        )
     chosen = name or manifest.meta.dataset
-    if name is None and chosen not in known:
+    if chosen not in known:
         raise UsageError(
             f"no prompts are known for data set `{chosen}`",
             where=manifest.folder,
-            fix=f"--prompts FILE.yaml, or one of: {', '.join(known)}",
+            fix=f"--prompts FILE.yaml, or one of: {', '.join(sorted(known))}",
         )
-    return chosen, load_config(Prompts, path=find_config("prompts", chosen))
+    return chosen, load_config(Prompts, path=find_config("prompts", SHARED.get(chosen, chosen)))
 
 
-def text_spec(
-    encoder: FrozenTextEncoder, request: EncoderRequest, trained: TrainedAdaptor
-) -> FeatureSetSpec:
-    """How this encoder would store texts, once it is known to be the one the Adaptor reads.
+def prompted_findings(
+    prompts: Prompts, manifest: Manifest, findings: Sequence[str]
+) -> tuple[str, ...]:
+    """Findings that have both prompts and labels, sorted.
+
+    Prompts may be about more findings than a manifest has, as those of other data sets are; a name
+    that is nearly one of the manifest's is taken for a slip.
 
     Args:
-        encoder: Found here.
-        request: How the Adaptor's text set was asked for.
-        trained: Carries the fingerprint of that set.
+        prompts: About findings.
+        manifest: For messages.
+        findings: Its label columns that hold a finding.
 
     Raises:
-        StaleFeatureSetError: It is another encoder, or another version of it.
+        UsageError: There is none, or a name is misspelt.
     """
-    for autocast in (None, "bfloat16"):
-        spec = encoder.spec(dtype=request.dtype, batch_size=request.batch_size, autocast=autocast)
-        if spec.fingerprint == trained.text_fingerprint:
-            return spec
-    raise StaleFeatureSetError(
-        f"the text encoder `{encoder.name}` found here is not the one the Adaptor was trained on: "
-        f"its fingerprint is {spec.fingerprint}, the Adaptor reads {trained.text_fingerprint}",
-        where=encoder.located.weights,
-        fix="bring back the weights and tokenizer that the text set was made with, or train again",
-    )
+    open_names = [name for name in findings if name not in prompts.findings]
+    folded = {name.casefold(): name for name in open_names}
+    for name in sorted(prompts.findings):
+        close = get_close_matches(name.casefold(), list(folded), n=3, cutoff=NEARLY)
+        if name not in findings and close:
+            raise UsageError(
+                f"the prompts have `{name}`, the manifest does not; did you mean "
+                + " or ".join(f"`{folded[one]}`" for one in close)
+                + "?",
+                where="--prompts",
+                fix="name findings as the manifest's label columns are named: "
+                + ", ".join(findings),
+            )
+    known = tuple(sorted(name for name in prompts.findings if name in findings))
+    if not known:
+        raise UsageError(
+            "the prompts are about findings that the manifest has no labels of: "
+            + ", ".join(sorted(prompts.findings)[:NAMED]),
+            where=manifest.folder,
+            fix=f"--prompts FILE.yaml; findings here: {', '.join(findings) or 'none'}",
+        )
+    return known
 
 
-@torch.inference_mode()
-def encode_prompts(
-    trained: TrainedAdaptor,
-    encoder: FrozenTextEncoder,
-    spec: FeatureSetSpec,
-    sentences: Sequence[str],
-    *,
-    device: str = "cpu",
-) -> Float[Tensor, "J dim"]:
-    """Sentences as the Adaptor's objective takes texts, read exactly like cached ones.
+def refuse_other_label(prompts: Prompts, manifest: Manifest) -> None:
+    """Prompts for classes need their label in the manifest.
 
     Args:
-        trained: Adaptor and objective.
-        encoder: The text encoder it was trained on, on the device.
-        spec: From `text_spec`: rounding, batch size and autocast of the cached texts.
-        sentences: In the order of the result.
-        device: Where it runs.
+        prompts: About classes.
+        manifest: Where it should be.
+
+    Raises:
+        UsageError: There is no such label.
     """
-    pace, made = Pace(1, device, spec.autocast), []
-    rounded = torch.float32 if spec.dtype == "float32" else torch.float16
-    tokenized = encoder.tokenize(list(sentences)).ids
-    limit, pooled = trained.facts.text.text_tokens, trained.facts.text.tokens == "pooled"
-    for start in range(0, len(tokenized), spec.batch_size):
-        batch = tokenized[start : start + spec.batch_size]
-        ids, valid = encoder.pad_batch(batch + [batch[-1]] * (spec.batch_size - len(batch)))
-        with pace.precision():
-            encoded = encoder(ids.to(device), valid.to(device))
-        tokens, real = encoded.tokens[: len(batch), :limit], valid[: len(batch), :limit]
-        if pooled and encoded.pooled is not None:
-            tokens, real = encoded.pooled[: len(batch), None], torch.ones(len(batch), 1).bool()
-        tokens = tokens.to(rounded).float()
-        made.append(trained.objective.encode_texts(trained.adaptor, tokens, real.to(device)))
-    return torch.cat(made)
+    names = manifest.label_names
+    if prompts.label not in names:
+        raise UsageError(
+            f"the prompts are about label `{prompts.label}`, which the manifest does not have; "
+            f"{nearest(prompts.label, names)}",
+            where=manifest.folder,
+            fix="`label: NAME` in the prompts' file, or --prompts with sentences for a label that "
+            "is there",
+        )

@@ -39,6 +39,7 @@ __all__ = [
     "TestGate",
     "finished",
     "interval_of",
+    "open_gate",
     "patient_bootstrap",
     "patient_weights",
     "request_hash",
@@ -210,6 +211,29 @@ def finished(folder: Path, request: str) -> Results | None:
     if values.get("schema") != SCHEMA or values.get("request") != request:
         return None
     return Results(folder, values, table_from_plain(values), is_new=False)
+
+
+def open_gate(
+    out: Path, facts: Mapping[str, Any], *, again: bool, reads_test: bool = True
+) -> Results | TestGate:
+    """The finished result of a request, else the gate to its test answers.
+
+    Args:
+        out: Output folder of the head.
+        facts: Everything that decides the result.
+        again: Whether the user asked for a second read.
+        reads_test: Whether the request is about the test split at all.
+
+    Raises:
+        TrainingError: Another request has read the test split, and `again` is False.
+    """
+    gate = TestGate(out, request_hash(facts), again=again)
+    done = finished(out, gate.request)
+    if done is not None:
+        return done
+    if reads_test:
+        gate.check()
+    return gate
 
 
 def save_results(folder: Path, table: Table, facts: Mapping[str, Any]) -> Results:

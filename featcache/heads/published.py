@@ -1,6 +1,6 @@
 """Figures that papers report, as rows beside ours: each with its source, none measured here."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -83,7 +83,8 @@ def published_rows(
         share: Name under which the share stands in the rows' setting.
         label: Label column that was asked for.
     """
-    for table in _tables(head, manifest, label):
+    tables = [] if manifest.meta.synthetic else _tables_of(head, manifest.meta.dataset, label)
+    for table in tables:
         for row in table.rows:
             if percent in row.at:
                 yield Row(
@@ -96,25 +97,34 @@ def published_rows(
                 )
 
 
-def published_notes(head: str, manifest: Manifest, *, label: str | None = None) -> Iterator[str]:
-    """What must be said with the published lines, or why there are none.
+def published_notes(
+    head: str, manifest: Manifest, percents: Iterable[float], *, label: str | None = None
+) -> Iterator[str]:
+    """What must be said with the published lines, or why a stand-in has none; nothing without any.
 
     Args:
         head: As for `published_rows`.
         manifest: Its reader says which data set it is.
+        percents: Shares of the training labels in the table; empty where no published line can
+            stand in it.
         label: Label column that was asked for.
     """
+    asked = set(percents)
+    tables = [
+        table
+        for table in _tables_of(head, manifest.meta.dataset, label)
+        if any(asked & set(row.at) for row in table.rows)
+    ]
     if manifest.meta.synthetic:
-        yield NOT_BESIDE_STAND_INS
-    for table in _tables(head, manifest, label):
+        if tables:
+            yield NOT_BESIDE_STAND_INS
+        return
+    for table in tables:
         yield f"Published rows follow another protocol than ours: {table.protocol.strip()}."
 
 
-def _tables(head: str, manifest: Manifest, label: str | None) -> list[PublishedTable]:
-    """The tables that belong beside a result."""
-    if manifest.meta.synthetic:
-        return []
-    dataset = manifest.meta.dataset
+def _tables_of(head: str, dataset: str, label: str | None) -> list[PublishedTable]:
+    """The tables about a data set, pictures real or not."""
     return [
         one
         for one in _shipped().tables

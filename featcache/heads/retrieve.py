@@ -1,34 +1,30 @@
 """Retrieval on held-out patients: the text of an image among all texts, the image of a text."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Int64
 from pydantic import Field, JsonValue, PositiveFloat, PositiveInt
 
 from featcache import __version__
 from featcache.adaptor.saved import TrainedAdaptor, load_adaptor
 from featcache.cache.reader import Cache, FeatureSet, open_cache
 from featcache.config import Config, to_plain
-from featcache.console import note, task
+from featcache.console import task
 from featcache.device import resolve_device
 from featcache.errors import FeatcacheError
 from featcache.heads import inputs, protocol, vectors
-from featcache.heads.protocol import Column, Estimate, Results, Row, Table, TestGate
-from featcache.heads.ranking import (
-    METRICS,
-    Candidates,
-    chance_figures,
-    rank_figures,
-    ranks_both_ways,
-)
+from featcache.heads.judge import Judgement, differences
+from featcache.heads.protocol import Column, Results, Row, Table, TestGate
+from featcache.heads.ranking import Candidates, RankJudge, ranks_both_ways
 from featcache.heads.ridge import LinearMap, fit_linear_map
 from featcache.loader.gather import iterate_rows
-from featcache.manifest.table import Manifest, open_manifest
+from featcache.manifest.table import Manifest
 from featcache.workspace import Workspace
 
 COLUMNS = (
@@ -38,7 +34,7 @@ COLUMNS = (
 )
 DIRECTIONS = ("image to text", "text to image")
 CHANCE, RIDGE, ADAPTOR = "chance (exact)", "linear map (ridge) on raw features", "Adaptor"
-DIFFERENCE = "Adaptor minus linear map"
+DIFFERENCES = {RIDGE: "Adaptor minus linear map", CHANCE: "Adaptor minus chance"}
 TEXTS_AT_ONCE = 4096
 
 Ranks = tuple[Int64[np.ndarray, " I"], Int64[np.ndarray, " J"]]
@@ -124,8 +120,8 @@ def retrieve(
 
     Candidates are every image and every text of the split, once. All texts of an image are right
     for it, as is any text that equals one of them. Rows: chance, computed exactly; a linear map
-    between the raw features, fitted on the training pairs; the Adaptor; the paired difference of
-    the last two. The rules in words: docs/protocol.md.
+    between the raw features, fitted on the training pairs; the Adaptor; its paired differences to
+    both. The rules in words: docs/protocol.md.
 
     Args:
         images: Features of the manifest's images.
@@ -149,13 +145,9 @@ def retrieve(
     inputs.refuse_foreign(texts, trained.text_fingerprint, run)
     cache = open_cache(images, texts, manifest, split=config.split)
     study = _Study(cache, candidates_of(cache, manifest), manifest, trained, config, device)
-    request = protocol.request_hash(study.facts())
-    done = protocol.finished(out, request)
-    if done is not None:
-        return done
-    gate = TestGate(out, request, again=again)
-    if config.split == "test":
-        gate.check()
+    gate = protocol.open_gate(out, study.facts(), again=again, reads_test=config.split == "test")
+    if isinstance(gate, Results):
+        return gate
     return _measure(study, gate, out)
 
 
@@ -171,7 +163,8 @@ def _measure(study: "_Study", gate: TestGate, out: Path) -> Results:
         RIDGE: linear if isinstance(linear, str) else study.linear_ranks(linear),
         ADAPTOR: study.adaptor_ranks(),
     }
-    rows = [row for way in range(2) for row in study.rows(way, found, linear)]
+    judged = [study.judged(way, found) for way in range(2)]
+    rows = [row for way in range(2) for row in study.rows(way, found, judged[way], linear)]
     table = Table(
         title=f"Retrieval: {manifest.name}, split {config.split}",
         columns=COLUMNS,
@@ -184,7 +177,16 @@ def _measure(study: "_Study", gate: TestGate, out: Path) -> Results:
         ),
         configurations=0 if isinstance(linear, str) else len(config.penalties),
     )
-    record = {**study.facts(), "request": gate.request, "featcache": __version__}
+    record = {
+        **study.facts(),
+        "request": gate.request,
+        "featcache": __version__,
+        "differences": [
+            {"direction": DIRECTIONS[way], **one}
+            for way, some in enumerate(judged)
+            for one in differences(some, study.judge(way))
+        ],
+    }
     return protocol.save_results(out, table, record)
 
 
@@ -221,14 +223,17 @@ class _Study:
 
     def adaptor_ranks(self) -> Ranks:
         """Ranks by the Adaptor's objective."""
-        blocks = adaptor_scores(
-            self.trained,
-            self.cache,
-            self.candidates,
-            device=self.device,
-            batch_size=self.config.batch_size,
-        )
-        return ranks_both_ways(blocks, self.candidates)
+
+        def score() -> Iterator[Float32[np.ndarray, "_ J"]]:
+            return adaptor_scores(
+                self.trained,
+                self.cache,
+                self.candidates,
+                device=self.device,
+                batch_size=self.config.batch_size,
+            )
+
+        return ranks_both_ways(score, self.candidates)
 
     def _means(
         self, candidates: Candidates
@@ -261,79 +266,63 @@ class _Study:
         means = self._means(validate)
         reciprocal = []
         for penalty in range(len(self.config.penalties)):
-            ranks = ranks_both_ways([fitted.scores(*means, penalty)], validate)
+            ranks = ranks_both_ways(partial(fitted.scores, *means, penalty), validate)
             reciprocal.append(np.mean([np.mean(1.0 / one) for one in ranks]))
         best = int(np.argmax(np.round(reciprocal, 9)))
         return _Fitted(fitted, best, f"penalty {self.config.penalties[best]:g} chosen on validate")
 
     def linear_ranks(self, fitted: _Fitted) -> Ranks:
         """Ranks by the linear map."""
-        images, texts = self._means(self.candidates)
-        size = 512
-        blocks = (
-            fitted.map.scores(images[start : start + size], texts, fitted.penalty)
-            for start in range(0, len(images), size)
-        )
-        return ranks_both_ways(blocks, self.candidates)
+        means = self._means(self.candidates)
+        return ranks_both_ways(partial(fitted.map.scores, *means, fitted.penalty), self.candidates)
+
+    def judge(self, way: int) -> RankJudge:
+        """The rule for one direction: who asks there."""
+        askers = (self.candidates.image_subjects, self.candidates.text_subjects)[way]
+        return RankJudge(askers, self.config.draws, self.config.seed)
+
+    def judged(self, way: int, found: Mapping[str, Ranks | str]) -> dict[str, Judgement]:
+        """Figures of one direction by method, chance first."""
+        judge, candidates = self.judge(way), self.candidates
+        right = np.bincount((candidates.image_of, candidates.text_of)[way])
+        judged = {CHANCE: judge.chance(right, self.sizes[1 - way])}
+        for method, ranks in found.items():
+            if not isinstance(ranks, str):
+                judged[method] = judge.judge(ranks[way])
+        return judged
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many images and texts there are."""
+        return len(self.candidates.image_rows), len(self.candidates.text_rows)
 
     def rows(
-        self, way: int, found: Mapping[str, Ranks | str], linear: _Fitted | str
+        self,
+        way: int,
+        found: Mapping[str, Ranks | str],
+        judged: Mapping[str, Judgement],
+        linear: _Fitted | str,
     ) -> Iterator[Row]:
         """The lines of one direction."""
-        candidates = self.candidates
-        sizes = (len(candidates.image_rows), len(candidates.text_rows))
-        askers = (candidates.image_subjects, candidates.text_subjects)[way]
         setting = {
             "direction": DIRECTIONS[way],
-            "queries": f"{sizes[way]:,}",
-            "candidates": f"{sizes[1 - way]:,}",
+            "queries": f"{self.sizes[way]:,}",
+            "candidates": f"{self.sizes[1 - way]:,}",
         }
         name = self.manifest.title
-        sides = (candidates.image_of, candidates.text_of)
-        chance = chance_figures(np.bincount(sides[way]), sizes[1 - way])
-        exact = {metric: Estimate((value,)) for metric, value in chance.items()}
-        yield Row(name, CHANCE, setting, exact, remark="expected value of a random order")
-        drawn: dict[str, Float64[np.ndarray, "draws 5"]] = {}
-        points: dict[str, Float64[np.ndarray, " 5"]] = {}
-        for method, ranks in found.items():
-            if isinstance(ranks, str):
-                yield Row(name, method, setting, remark=ranks)
-                continue
-            points[method], drawn[method] = self._figures(ranks[way], askers)
-            remark = linear.remark if method == RIDGE and isinstance(linear, _Fitted) else ""
-            figures = self._estimates(points[method], drawn[method], askers)
+        remarks = {CHANCE: "expected value of a random order"}
+        if isinstance(linear, _Fitted):
+            remarks[RIDGE] = linear.remark
+        for method in (CHANCE, *found):
+            figures = dict(judged[method].figures) if method in judged else {}
+            reason = found.get(method)
+            remark = reason if isinstance(reason, str) else remarks.get(method, "")
             yield Row(name, method, setting, figures, remark=remark)
-        if len(points) == 2:
-            gap = points[ADAPTOR] - points[RIDGE]
-            figures = self._estimates(gap, drawn[ADAPTOR] - drawn[RIDGE], askers)
-            yield Row(name, DIFFERENCE, setting, figures, remark="paired: same draws")
-
-    def _figures(
-        self, ranks: Int64[np.ndarray, " Q"], askers: Sequence[str]
-    ) -> tuple[Float64[np.ndarray, " 5"], Float64[np.ndarray, "draws 5"]]:
-        """The figures, and the same in every bootstrap draw."""
-        drawn = protocol.patient_bootstrap(
-            lambda weights: rank_figures(ranks, weights),
-            askers,
-            draws=self.config.draws,
-            seed=self.config.seed,
-        )
-        return rank_figures(ranks, np.ones((1, len(ranks))))[0], drawn
-
-    def _estimates(
-        self,
-        points: Float64[np.ndarray, " 5"],
-        drawn: Float64[np.ndarray, "draws 5"],
-        askers: Sequence[str],
-    ) -> dict[str, Estimate]:
-        """Figures with intervals; none when a single patient asks."""
-        several = len(set(askers)) > 1
-        return {
-            name: Estimate(
-                (float(points[i]),), protocol.interval_of(drawn[:, i]) if several else None
-            )
-            for i, name in enumerate(METRICS)
-        }
+        judge = self.judge(way)
+        for other, title in DIFFERENCES.items():
+            if other in judged:
+                gap = judge.difference(judged[ADAPTOR], judged[other])
+                yield Row(name, title, setting, dict(gap.figures), remark="paired: same draws")
 
     def notes(self) -> Iterator[str]:
         """Sentences above the table."""
@@ -386,14 +375,10 @@ def retrieve_workspace(
         again: Allow another request to read the test split of the output folder.
     """
     folder = workspace.run(run)
-    table = open_manifest(workspace.manifest(manifest))
-    trained = load_adaptor(folder)
-    images = FeatureSet.open(
-        inputs.feature_folder(workspace, "image", None, trained.image_fingerprint, folder)
-    )
-    texts = FeatureSet.open(
-        inputs.feature_folder(workspace, "text", None, trained.text_fingerprint, folder)
-    )
-    out = inputs.results_folder(workspace, folder) / "retrieve" / f"{table.name}-{config.split}"
-    note(f"retrieve: run {folder.name}, {images.spec.title}, {texts.spec.title}, {table.title}")
+    found = inputs.look_up(workspace, folder, manifest=manifest)
+    images, table = found.images, found.manifest
+    reads = found.trained.text_fingerprint if found.trained is not None else None
+    texts = FeatureSet.open(inputs.feature_folder(workspace, "text", None, reads, folder))
+    out = found.results / "retrieve" / f"{table.name}-{config.split}"
+    found.announce("retrieve", f", {texts.spec.title}")
     return retrieve(images, texts, table, folder, out, config, device=device, again=again)

@@ -4,7 +4,7 @@ Raw image and text tokens live in spaces of different width, so they cannot be c
 are. The least that makes them comparable is a linear map, which has a closed form.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from jaxtyping import Float32, Float64, Int64
 from featcache.errors import TrainingError
 
 PAIRS_AT_ONCE = 65_536
+ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,19 @@ class LinearMap:
 
     def scores(
         self, images: Float32[np.ndarray, "I D"], texts: Float32[np.ndarray, "J E"], penalty: int
-    ) -> Float32[np.ndarray, "I J"]:
-        """Cosine of each mapped image with each text.
+    ) -> Iterator[Float32[np.ndarray, "_ J"]]:
+        """Cosine of each mapped image with each text, in blocks of images.
 
         Args:
             images: Mean tokens.
             texts: Mean tokens.
             penalty: Number of the penalty.
         """
-        mapped = (images - self.image_mean) / self.image_sd @ self.weights[penalty]
-        scaled = (texts - self.text_mean) / self.text_sd
-        cosines = _normalised(mapped) @ _normalised(scaled).T
-        return np.asarray(cosines, dtype=np.float32)
+        scaled = _normalised((texts - self.text_mean) / self.text_sd).T
+        for start in range(0, len(images), ROWS_AT_ONCE):
+            given = (images[start : start + ROWS_AT_ONCE] - self.image_mean) / self.image_sd
+            mapped = _normalised(given @ self.weights[penalty])
+            yield np.asarray(mapped @ scaled, dtype=np.float32)
 
 
 def _normalised(rows: Float64[np.ndarray, "N E"]) -> Float64[np.ndarray, "N E"]:

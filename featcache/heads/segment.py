@@ -9,11 +9,10 @@ from pydantic import JsonValue
 
 from featcache import __version__
 from featcache.adaptor.saved import load_adaptor
-from featcache.cache.format import read_spec
 from featcache.cache.reader import FeatureSet
-from featcache.console import note
 from featcache.device import resolve_device
 from featcache.heads import inputs, protocol
+from featcache.heads.judge import Judgement, differences
 from featcache.heads.labels import Subset, write_subsets
 from featcache.heads.protocol import Column, Results, Row, Table, TestGate
 from featcache.heads.published import published_notes, published_rows
@@ -24,7 +23,6 @@ from featcache.heads.segment_scores import (
     Levels,
     MaskAnswer,
     MaskJudge,
-    MaskJudgement,
 )
 from featcache.heads.segment_study import (
     ADAPTOR,
@@ -40,13 +38,13 @@ from featcache.heads.segment_study import (
 from featcache.heads.segment_tokens import GridTokens
 from featcache.heads.segment_train import SegmentConfig, learning_rates
 from featcache.heads.table import DIGITS
-from featcache.manifest.table import Manifest, open_manifest
+from featcache.manifest.table import Manifest
 from featcache.workspace import Workspace
 
 __all__ = ["SegmentConfig", "segment", "segment_workspace"]
 
 COLUMNS = tuple(Column(name, f"{TITLES[name]} %") for name in METRICS if name != "pointing")
-DIFFERENCE = "Adaptor minus raw backbone"
+Judged = Mapping[float, Mapping[str, Judgement]]
 
 
 def segment(
@@ -62,9 +60,10 @@ def segment(
     """Train light decoders on grids of frozen tokens at several shares of the labels.
 
     Every share has the rows all empty, mean training mask, random encoder, raw backbone, Adaptor,
-    the paired difference of the last two, and published figures. Learning rates and thresholds are
-    chosen on `validate`; the masks of `test` are read once, through a gate that writes it down. A
-    stopped call goes on after the decoders that it finished. The rules in words: docs/protocol.md.
+    its paired differences to the raw backbone and to the trivial mask, and published figures.
+    Learning rates and thresholds are chosen on `validate`; the masks of `test` are read once,
+    through a gate that writes it down. A stopped call goes on after the decoders that it finished.
+    The rules in words: docs/protocol.md.
 
     Args:
         images: Features of the manifest's images, with a grid.
@@ -89,12 +88,9 @@ def segment(
         inputs.refuse_foreign(images, trained.image_fingerprint, run)
     masked = masked_images(images, manifest)
     study = Study(images, manifest, trained, masked, config, device, out)
-    request = protocol.request_hash(study.facts())
-    done = protocol.finished(out, request)
-    if done is not None:
-        return done
-    gate = TestGate(out, request, again=again)
-    gate.check()
+    gate = protocol.open_gate(out, study.facts(), again=again)
+    if isinstance(gate, Results):
+        return gate
     results = _measure(study, gate)
     shutil.rmtree(out / "tokens", ignore_errors=True)
     return results
@@ -119,12 +115,13 @@ def _measure(study: Study, gate: TestGate) -> Results:
         draws=config.draws,
         seed=config.seed,
     )
-    rows = list(_rows(study, subsets, tokens, fits, answers, judge))
+    judged = _judge_all(subsets, answers, judge)
+    rows = list(_rows(study, subsets, tokens, fits, judged, judge))
     notes = [
         *manifest.meta.notes,
         *_input_notes(study, known.validate.thin + test.thin),
         *_rule_notes(study, judge),
-        *published_notes("segment", manifest),
+        *published_notes("segment", manifest, config.fractions),
         *inputs.adaptor_notes(study.trained, manifest),
         gate.note(),
     ]
@@ -142,8 +139,29 @@ def _measure(study: Study, gate: TestGate) -> Results:
         "mask_size": list(study.size),
         "left_out": dict(labelled.left_out),
         "subsets": listed,
+        "differences": [
+            {"labels": f"{percent:g} %", **one}
+            for percent, some in judged.items()
+            for one in differences(some, judge)
+        ],
     }
     return protocol.save_results(study.out, table, record)
+
+
+def _judge_all(
+    subsets: Sequence[Subset],
+    answers: Mapping[str, Sequence[Sequence[MaskAnswer]]],
+    judge: MaskJudge,
+) -> dict[float, dict[str, Judgement]]:
+    """Figures of every share and method, the trivial ones first."""
+    judged: dict[float, dict[str, Judgement]] = {}
+    for percent in sorted({subset.percent for subset in subsets}):
+        places = [at for at, subset in enumerate(subsets) if subset.percent == percent]
+        judged[percent] = {}
+        for method, runs in answers.items():
+            some = places[:1] if method == NOTHING else places  # the same for every subset
+            judged[percent][method] = judge.judge([run for at in some for run in runs[at]])
+    return judged
 
 
 def _rows(
@@ -151,38 +169,44 @@ def _rows(
     subsets: Sequence[Subset],
     tokens: Mapping[str, GridTokens | str],
     fits: Mapping[str, Sequence[Fit]],
-    answers: Mapping[str, Sequence[Sequence[MaskAnswer]]],
+    judged: Judged,
     judge: MaskJudge,
 ) -> Iterator[Row]:
     """The lines of every share."""
     name, methods = study.manifest.title, [NOTHING, PRIOR, *tokens]
-    for percent in sorted({subset.percent for subset in subsets}):
+    for percent, some in judged.items():
         places = [at for at, subset in enumerate(subsets) if subset.percent == percent]
         sizes = sorted({len(subsets[at].members) for at in places})
         span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,}-{sizes[-1]:,}"
         setting = {"labels": f"{percent:g} %", "images": span}
         common = {"percent": percent, "subsets": len(places)}
-        judged: dict[str, MaskJudgement] = {}
         for method in methods:
             reason = tokens.get(method)
             if isinstance(reason, str):
                 yield Row(name, method, setting, details=dict(common), remark=reason)
                 continue
-            some = places[:1] if method == NOTHING else places  # the same for every subset
-            runs = [run for at in some for run in answers[method][at]]
-            found = judged[method] = judge.judge(runs)
-            details = {**common, "runs": len(runs), **found.details}
+            found = some[method]
+            details = {**common, "runs": found.runs, **found.details}
             remark = "sees no pixel" if method in (NOTHING, PRIOR) else ""
             if method in fits:
                 details |= _fit_details(study.config, [fits[method][at] for at in places])
-                remark = _gave_up(runs)
+                remark = _gave_up(found, len(judge.positive))
             yield Row(name, method, setting, dict(found.figures), details, remark)
-        if ADAPTOR in judged:
-            found = judge.difference(judged[ADAPTOR], judged[RAW])
-            details = {**common, "runs": len(judged[RAW].figures["dice"].values)}
+        for other in (RAW, _trivial(study)):
+            if ADAPTOR not in some:
+                break
+            found = judge.difference(some[ADAPTOR], some[other])
             remark = "paired: same subsets, seeds and draws"
-            yield Row(name, DIFFERENCE, setting, dict(found.figures), details, remark)
+            details = {**common, "runs": found.runs}
+            yield Row(
+                name, f"{ADAPTOR} minus {other}", setting, dict(found.figures), details, remark
+            )
         yield from published_rows("segment", study.manifest, percent)
+
+
+def _trivial(study: Study) -> str:
+    """The mask to beat: the empty one, or where no image is without a mask the mean one."""
+    return PRIOR if study.masked.positive.all() else NOTHING
 
 
 def _fit_details(config: SegmentConfig, fits: Sequence[Fit]) -> dict[str, JsonValue]:
@@ -205,10 +229,11 @@ def _probability(logit: float | None) -> float | None:
     return None if logit is None else round(float(torch.tensor(logit).sigmoid()), DIGITS)
 
 
-def _gave_up(runs: Sequence[MaskAnswer]) -> str:
+def _gave_up(found: Judgement, images: int) -> str:
     """How many runs give every test image the empty mask."""
-    count = sum(not run.predicted.any() for run in runs)
-    return f"{count} of {len(runs)} runs predict nothing on test" if count else ""
+    empty = found.details["empty_predictions"]
+    count = sum(one == images for one in empty) if isinstance(empty, list) else 0
+    return f"{count} of {found.runs} runs predict nothing on test" if count else ""
 
 
 def _input_notes(study: Study, thin: int) -> Iterator[str]:
@@ -290,14 +315,9 @@ def segment_workspace(
         device: `auto`, `cpu` or `cuda`.
         again: Allow another request to read the test split of the output folder.
     """
-    asked = run is not None or workspace.current("run") is not None
-    folder = workspace.run(run) if asked else None
-    reads = load_adaptor(folder).image_fingerprint if folder is not None else None
-    chosen = inputs.feature_folder(workspace, "image", backbone, reads, folder)
-    refuse_without_grid(read_spec(chosen), chosen)
-    table = open_manifest(workspace.manifest(manifest))
-    images = FeatureSet.open(chosen)
-    out = inputs.results_folder(workspace, folder) / "segment"
-    out /= f"{table.name}-{config.decoder}-{images.folder.name}"
-    note(f"segment: {images.spec.title}, run {folder.name if folder else '-'}, {table.title}")
+    folder = inputs.run_if_any(workspace, run)
+    found = inputs.look_up(workspace, folder, backbone=backbone, manifest=manifest, needs_grid=True)
+    images, table = found.images, found.manifest
+    out = found.results / "segment" / f"{table.name}-{config.decoder}-{images.folder.name}"
+    found.announce("segment")
     return segment(images, table, folder, out, config, device=device, again=again)

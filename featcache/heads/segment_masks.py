@@ -4,7 +4,8 @@ A pixel of the resized mask is inside when at least half of it is covered. A mas
 anywhere keeps its best covered pixels, so that no image with a finding becomes one without.
 """
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
+from pydantic import JsonValue
 
-from featcache.cache.format import FeatureSetSpec
+from featcache.cache.format import FeatureSetSpec, hash_keys
 from featcache.cache.reader import FeatureSet
 from featcache.errors import CacheError, ManifestError
 from featcache.heads.labels import LabelledImages, images_with_classes
@@ -21,7 +23,7 @@ from featcache.manifest.checks import MASK_COLUMN
 from featcache.manifest.masks import decode_mask, resize_mask
 from featcache.manifest.table import Manifest
 
-EMPTY, FOUND = "empty", "mask"
+EMPTY, FOUND, FILE = "empty", "mask", "file:"
 HALF = 0.5
 Fit = Literal["pad", "squash"]
 
@@ -66,12 +68,19 @@ class MaskedImages:
         texts: What the manifest's column `mask` says of each.
         root: Folder that mask files start from.
         fit: How pictures were fitted into the encoder's input.
+        files: Hash of the content of all masks that lie in files, None without any. A manifest
+            names such files; what is in them may change without it.
     """
 
     labelled: LabelledImages
     texts: tuple[str, ...]
     root: Path
     fit: Fit
+    files: str | None = None
+
+    def facts(self) -> dict[str, JsonValue]:
+        """What decides a result beside the manifest's own content."""
+        return {"mask_files": self.files} if self.files is not None else {}
 
     @property
     def positive(self) -> Bool[np.ndarray, " N"]:
@@ -138,8 +147,9 @@ def masked_images(images: FeatureSet, manifest: Manifest) -> MaskedImages:
         images, manifest, named, unnamed="without a mask annotation", fewest_classes=1
     )
     text_of = dict(zip(manifest.keys, texts, strict=True))
+    own = tuple(text_of[key] or "" for key in labelled.keys)
     fit: Fit = "squash" if images.spec.preprocessing.get("fit") == "squash" else "pad"
-    found = MaskedImages(labelled, tuple(text_of[key] or "" for key in labelled.keys), root, fit)
+    found = MaskedImages(labelled, own, root, fit, _files_hash(labelled.keys, own, root))
     for split in ("train", "validate", "test"):
         if not found.positive[labelled.of(split)].any():
             raise ManifestError(
@@ -150,11 +160,25 @@ def masked_images(images: FeatureSet, manifest: Manifest) -> MaskedImages:
     return found
 
 
+def _files_hash(keys: Sequence[str], texts: Sequence[str], root: Path) -> str | None:
+    """Hash of the bytes of all masks in files, by key; None without any."""
+    named = [(key, text) for key, text in zip(keys, texts, strict=True) if text.startswith(FILE)]
+    if not named:
+        return None
+
+    def digest(text: str) -> str:
+        return hashlib.sha256((root / text.removeprefix(FILE)).read_bytes()).hexdigest()
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = list(pool.map(digest, (text for _, text in named)))
+    return hash_keys([f"{key} {one}" for (key, _), one in zip(named, digests, strict=True)])
+
+
 def _class_of(text: str | None, root: Path) -> str | None:
     """Whether an image has a mask; only a file has to be looked at for that."""
     if text is None:
         return None
-    if text.startswith("file:"):
+    if text.startswith(FILE):
         mask = decode_mask(text, root, where="a mask's file")
         return FOUND if mask is not None and mask.any() else EMPTY
     return FOUND if text else EMPTY

@@ -5,8 +5,8 @@ many levels, how many pixels reach the level, and how many of these lie inside t
 figure and every choice of a threshold follows from those.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from featcache.heads import scores
-from featcache.heads.judge import FEWEST_PATIENTS
-from featcache.heads.protocol import Estimate, interval_of, patient_bootstrap
+from featcache.heads.judge import FEWEST_PATIENTS, Judgement, estimates, subtract
+from featcache.heads.protocol import patient_bootstrap
 from featcache.heads.table import DIGITS
 
 METRICS = (
@@ -303,21 +303,6 @@ def weighted_figures(
 
 
 @dataclass(frozen=True)
-class MaskJudgement:
-    """The figures of one method on one share of the labels.
-
-    Attributes:
-        figures: By name in `METRICS`.
-        drawn: The same figures, mean over the runs, in every bootstrap draw.
-        details: Facts for `results.json`.
-    """
-
-    figures: Mapping[str, Estimate]
-    drawn: Float64[np.ndarray, "draws 6"]
-    details: Mapping[str, JsonValue] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class MaskJudge:
     """The rule by which figures of masks get intervals.
 
@@ -351,7 +336,7 @@ class MaskJudge:
             "pointing": with_mask,
         }
 
-    def judge(self, runs: Sequence[MaskAnswer]) -> MaskJudgement:
+    def judge(self, runs: Sequence[MaskAnswer]) -> Judgement:
         """Figures of a method's runs; the interval is of their mean.
 
         Args:
@@ -365,26 +350,9 @@ class MaskJudge:
         each = np.concatenate([weighted_figures(run, even) for run in runs])  # runs 6
         drawn = patient_bootstrap(mean_figures, self.subject_ids, draws=self.draws, seed=self.seed)
         empty: list[JsonValue] = [int((run.predicted == 0).sum()) for run in runs]
-        return self._estimates(each, drawn, {"empty_predictions": empty})
+        figures = estimates(METRICS, each, drawn, self.has_interval())
+        return Judgement(figures, drawn, {"empty_predictions": empty})
 
-    def difference(self, first: MaskJudgement, second: MaskJudgement) -> MaskJudgement:
-        """First minus second, run by run and draw by draw."""
-        pairs = [
-            np.array([one.figures[name].values for name in METRICS]).T for one in (first, second)
-        ]
-        return self._estimates(pairs[0] - pairs[1], first.drawn - second.drawn, {})
-
-    def _estimates(
-        self,
-        values: Float64[np.ndarray, "R 6"],
-        drawn: Float64[np.ndarray, "draws 6"],
-        details: Mapping[str, JsonValue],
-    ) -> MaskJudgement:
-        """Means, their spread and their intervals."""
-        allowed = self.has_interval()
-        figures = {}
-        for column, name in enumerate(METRICS):
-            own = tuple(values[:, column].tolist())
-            has = allowed[name] and not np.isnan(values[:, column]).any()
-            figures[name] = Estimate(own, interval_of(drawn[:, column]) if has else None)
-        return MaskJudgement(figures, drawn, details)
+    def difference(self, first: Judgement, second: Judgement) -> Judgement:
+        """First minus second; see `subtract`."""
+        return subtract(first, second, self.has_interval())

@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from featcache.adaptor.saved import TrainedAdaptor
+from featcache.cache.format import hash_keys
 from featcache.cache.reader import FeatureSet
-from featcache.config import replace_file, to_plain
+from featcache.config import canonical_json, replace_file, to_plain
 from featcache.console import task
 from featcache.errors import FeatcacheError
 from featcache.heads import inputs
@@ -106,6 +107,7 @@ class Study:
             "head": "segment",
             "split": "test",
             **inputs.source_facts(self.manifest, self.trained, images=self.images),
+            **self.masked.facts(),
             "config": to_plain(self.config),
         }
 
@@ -170,10 +172,11 @@ def fit_all(
             for subset in subsets:
                 name = f"{method.split()[0].lower()}-{subset.percent:g}-{subset.number}"
                 path = study.out / "decoders" / f"{name}.safetensors"
-                fit = _read_fit(path, request, study.config, grids.dim)
+                made_of = _made_of(study, method, subset, request)
+                fit = _read_fit(path, made_of, study.config, grids.dim)
                 if fit is None:
                     fit = fit_subset(study, subset, grids, known)
-                    _write_fit(path, request, fit)
+                    _write_fit(path, made_of, fit)
                 fits[method].append(fit)
                 progress.update(sum(len(some) for some in fits.values()), note=method)
     return fits
@@ -202,7 +205,20 @@ def fit_subset(study: Study, subset: Subset, tokens: GridTokens, known: Known) -
     return Fit([some[best] for some in trained], [some[best][0] for some in chosen], facts)
 
 
-def _write_fit(path: Path, request: str, fit: Fit) -> None:
+def _made_of(study: Study, method: str, subset: Subset, request: str) -> dict[str, str]:
+    """All that decides what decoders are; another value of any makes them anew."""
+    keys, trained = study.masked.labelled.keys, study.trained
+    weights = trained.facts.weights_sha256 if method == ADAPTOR and trained is not None else ""
+    return {
+        "request": request,
+        "features": f"{method} {study.images.fingerprint} {weights}".strip(),
+        "subset": hash_keys([keys[number] for number in subset.members.tolist()]),
+        "settings": canonical_json(to_plain(study.config)),
+        "masks": f"{study.manifest.meta.hash} {study.masked.files or ''}".strip(),
+    }
+
+
+def _write_fit(path: Path, made_of: Mapping[str, str], fit: Fit) -> None:
     """Keep the chosen decoders with their levels; complete or not there."""
     tensors = {
         f"{number}.{name}": tensor.detach().cpu().contiguous()
@@ -211,12 +227,14 @@ def _write_fit(path: Path, request: str, fit: Fit) -> None:
     }
     facts = {"facts": fit.facts, "operating": [vars(one) for one in fit.operating]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = save(tensors, {"request": request, "fit": json.dumps(facts, sort_keys=True)})
+    content = save(tensors, {**made_of, "fit": json.dumps(facts, sort_keys=True)})
     replace_file(path, content)
 
 
-def _read_fit(path: Path, request: str, config: SegmentConfig, dim: int) -> Fit | None:
-    """Decoders that an earlier call of the same request chose; None when there are none."""
+def _read_fit(
+    path: Path, made_of: Mapping[str, str], config: SegmentConfig, dim: int
+) -> Fit | None:
+    """Decoders that an earlier call made of the very same; None when there are none."""
     if not path.is_file():
         return None
     try:
@@ -225,7 +243,7 @@ def _read_fit(path: Path, request: str, config: SegmentConfig, dim: int) -> Fit 
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError):
         return None
-    if metadata.get("request") != request:
+    if "fit" not in metadata or any(metadata.get(k) != v for k, v in made_of.items()):
         return None
     kept = json.loads(metadata["fit"])
     decoders = []

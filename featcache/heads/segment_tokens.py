@@ -169,7 +169,8 @@ def adapted_grid(
                 done += len(some)
                 progress.update(done)
 
-    mark = hash_keys([images.fingerprint, trained.facts.weights_sha256, *map(str, rows)])
+    keys = [images.keys[row] for row in rows]  # rows of a set made anew may hold other images
+    mark = hash_keys([images.fingerprint, trained.facts.weights_sha256, *keys])
     return _hold(folder / f"adaptor-{mark[:12]}.npy", adapt(), len(rows), images.spec.grid)
 
 

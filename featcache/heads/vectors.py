@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,19 +11,17 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from featcache.adaptor.model import masked_mean
 from featcache.adaptor.saved import TrainedAdaptor
 from featcache.cache.format import FeatureSetSpec, hash_keys
 from featcache.cache.reader import FeatureSet
-from featcache.config import replace_file
 from featcache.console import task
 from featcache.encoders.decode import decode_image, to_input
 from featcache.encoders.interface import ImageEncoder, locate_encoder, random_encoder
 from featcache.errors import EncoderError
+from featcache.heads.vector_file import VectorFile, read_vectors
 from featcache.loader.gather import iterate_rows
 from featcache.manifest.table import Manifest
 
@@ -65,20 +64,35 @@ def pooling_rule(spec: FeatureSetSpec, pooling: Pooling) -> str:
     return {"mean": mean_rule(spec), "prefix": PREFIX, "both": BOTH}[pooling]
 
 
-def pool_tokens(
-    tokens: Float[Tensor, "B L D"], spec: FeatureSetSpec, pooling: Pooling
-) -> Float32[Tensor, "B F"]:
-    """One vector of each image's tokens, in float32; F is D, or 2 D for `both`.
+def side_by_side(tokens: Float[Tensor, "B L D"], spec: FeatureSetSpec) -> Float32[Tensor, "B W"]:
+    """All poolings of each image in one row: its mean, then its first prefix token if it has one.
 
     Args:
         tokens: Any float type.
         spec: Says how many prefix tokens there are.
-        pooling: One that `possible_poolings` gave.
     """
-    if pooling == "mean":
-        return mean_tokens(tokens, None, spec)
-    first = tokens[:, 0].float()
-    return first if pooling == "prefix" else torch.cat([mean_tokens(tokens, None, spec), first], 1)
+    mean = mean_tokens(tokens, None, spec)
+    if possible_poolings(spec, POOLINGS) == ("mean",):
+        return mean
+    return torch.cat([mean, tokens[:, 0].float()], dim=1)
+
+
+def by_pooling(
+    rows: Float32[np.ndarray, "N W"], spec: FeatureSetSpec, asked: Sequence[Pooling]
+) -> dict[Pooling, Float32[np.ndarray, "N _"]]:
+    """Views of rows that `side_by_side` made: no pooling is a copy.
+
+    Args:
+        rows: Of all images.
+        spec: Says how many prefix tokens there are.
+        asked: Those that the set allows are given.
+    """
+    views: dict[Pooling, Float32[np.ndarray, "N _"]] = {
+        "mean": rows[:, : spec.dim],
+        "prefix": rows[:, -spec.dim :],
+        "both": rows,
+    }
+    return {pooling: views[pooling] for pooling in possible_poolings(spec, asked)}
 
 
 def mean_rule(spec: FeatureSetSpec) -> str:
@@ -110,6 +124,7 @@ def image_vectors(
     poolings: Sequence[Pooling] = ("mean",),
     device: str = "cpu",
     batch_size: int = 64,
+    folder: Path | None = None,
 ) -> ImageVectors:
     """Read each image's tokens once and make all vectors of them.
 
@@ -124,28 +139,55 @@ def image_vectors(
         poolings: Of the encoder's own vectors; those that the set allows are made.
         device: Where the Adaptor runs.
         batch_size: Images read at a time.
+        folder: Where vectors lie, in files without a name, as long as they are used; None: in
+            memory.
+
+    Raises:
+        CacheError: The disk is full.
     """
-    raw: dict[Pooling, list[np.ndarray]] = {
-        one: [] for one in possible_poolings(images.spec, poolings)
-    }
-    adapted, done = [], 0
+    only_mean = possible_poolings(images.spec, poolings) == ("mean",)
+    done = 0
     whole = iterate_rows(images, rows, batch_size)
     reading = {} if trained is None else trained.reading
     is_budgeted = reading.get("tokens", "all") != "all"
     budget = iterate_rows(images, rows, batch_size, **reading) if is_budgeted else None
-    with task(f"read {images.spec.title}", len(rows)) as progress:
+    with (
+        _Vectors(folder, len(rows)) as raw,
+        _Vectors(folder, len(rows)) as adapted,
+        task(f"read {images.spec.title}", len(rows)) as progress,
+    ):
         for some, tokens, _ in whole:
-            for pooling, made in raw.items():
-                made.append(pool_tokens(tokens, images.spec, pooling).numpy())
+            if only_mean:
+                raw.add(mean_tokens(tokens, None, images.spec))
+            else:
+                raw.add(side_by_side(tokens, images.spec))
             if trained is not None:
                 own = tokens if budget is None else next(budget)[1]
                 moved = own.to(device, torch.float32)
                 vector = trained.objective.image_vector(trained.adaptor, moved)
-                adapted.append(vector.float().cpu().numpy())
+                adapted.add(vector.float().cpu())
             done += len(some)
             progress.update(done)
-    joined = {pooling: np.concatenate(made) for pooling, made in raw.items()}
-    return ImageVectors(joined, np.concatenate(adapted) if adapted else None)
+        found = by_pooling(raw.finish(), images.spec, poolings)
+        return ImageVectors(found, adapted.finish() if trained is not None else None)
+
+
+class _Vectors(ExitStack):
+    """Vectors that come in batches, kept in memory or in a file without a name."""
+
+    def __init__(self, folder: Path | None, count: int):
+        super().__init__()
+        self.parts: list[Float32[np.ndarray, "_ W"]] = []
+        self.file = None if folder is None else self.enter_context(VectorFile(folder, count))
+
+    def add(self, vectors: Float32[Tensor, "_ W"]) -> None:
+        if self.file is None:
+            self.parts.append(vectors.numpy())
+        else:
+            self.file.add(vectors.numpy())
+
+    def finish(self) -> Float32[np.ndarray, "N W"]:
+        return np.concatenate(self.parts) if self.file is None else self.file.finish()
 
 
 def mean_vectors(
@@ -170,7 +212,8 @@ def random_vectors(
 ) -> dict[Pooling, Float32[np.ndarray, "N _"]]:
     """What the same architecture with random weights makes of the same pictures, by pooling.
 
-    Kept in `random/` beside the folder of image sets, so that it is computed once.
+    Kept in `random/` beside the folder of image sets, so that it is computed once, and mapped, so
+    that it needs no memory of its own.
 
     Args:
         images: The set whose encoder is rebuilt.
@@ -183,31 +226,16 @@ def random_vectors(
     Raises:
         FeatcacheError: The encoder cannot be rebuilt here, or a picture cannot be read any more.
     """
-    asked = possible_poolings(images.spec, poolings)
     mark = hash_keys([images.fingerprint, str(seed), *keys])
-    name = f"{images.spec.encoder.replace('/', '-')}-seed{seed}-{mark[:12]}.safetensors"
-    path = images.folder.parent.parent / "random" / name
-    kept = _read_kept(path, len(keys))
-    if not set(asked) <= kept.keys():
-        made: dict[str, list[np.ndarray]] = {pooling: [] for pooling in asked}
-        for tokens in random_tokens(images.spec, manifest, keys, seed=seed, device=device):
-            for pooling in asked:
-                made[pooling].append(pool_tokens(tokens, images.spec, pooling).cpu().numpy())
-        kept = {pooling: np.concatenate(some) for pooling, some in made.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, save(kept))
-    return {pooling: kept[pooling] for pooling in asked}
-
-
-def _read_kept(path: Path, num_rows: int) -> dict[str, Float32[np.ndarray, "N _"]]:
-    """Vectors of an earlier call by pooling; nothing when there are none, or they are damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        kept = load_file(path)
-    except (SafetensorError, OSError):
-        return {}
-    return {name: one for name, one in kept.items() if one.ndim == 2 and len(one) == num_rows}
+    name = f"{images.spec.encoder.replace('/', '-')}-seed{seed}-{mark[:12]}.npy"
+    folder = images.folder.parent.parent / "random"
+    kept = read_vectors(folder / name, len(keys))
+    if kept is None:
+        with VectorFile(folder, len(keys), name) as file:
+            for tokens in random_tokens(images.spec, manifest, keys, seed=seed, device=device):
+                file.add(side_by_side(tokens, images.spec).cpu().numpy())
+            kept = file.finish()
+    return by_pooling(kept, images.spec, poolings)
 
 
 def _rebuild(spec: FeatureSetSpec, seed: int, device: str) -> ImageEncoder:

@@ -1,41 +1,43 @@
 """Zero-shot classification: an image goes to the class whose sentences it scores highest with."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
-import torch
-from jaxtyping import Float, Float32
 from pydantic import Field, JsonValue, PositiveInt
-from torch import Tensor
 
 from featcache import __version__
-from featcache.adaptor.saved import TrainedAdaptor, build_adaptor, load_adaptor
+from featcache.adaptor.saved import TrainedAdaptor, load_adaptor
 from featcache.cache.reader import FeatureSet
 from featcache.config import Config, to_plain
-from featcache.console import note, task
 from featcache.device import resolve_device
-from featcache.encoders.interface import load_encoder
-from featcache.encoders.request import EncoderRequest, locate_all, run_request
-from featcache.encoders.text import FrozenTextEncoder
+from featcache.encoders.request import run_features
 from featcache.errors import UsageError, nearest
 from featcache.heads import classify_notes, inputs, protocol, scores
-from featcache.heads.answers import Answers, majority_answers, source_answers
-from featcache.heads.findings import labelled_findings
-from featcache.heads.judge import Judge, Judgement
+from featcache.heads.answers import Answers, majority_answers, no_answers, source_answers
+from featcache.heads.findings import finding_names, labelled_findings
+from featcache.heads.judge import Judge, Judgement, differences
 from featcache.heads.labels import LabelledImages, LabelPolicy, labelled_images
-from featcache.heads.prompts import Prompts, encode_prompts, find_prompts, text_spec
+from featcache.heads.prompt_reader import PromptReader, open_prompt_reader
+from featcache.heads.prompts import Prompts, find_prompts, prompted_findings, refuse_other_label
 from featcache.heads.protocol import Column, Results, Row, Table, TestGate
-from featcache.loader.gather import iterate_rows
-from featcache.manifest.table import Manifest, open_manifest
+from featcache.heads.sentence_scores import class_scores, sentence_logits, untrained_adaptor
+from featcache.manifest.table import Manifest
 from featcache.workspace import Workspace
 
 COLUMNS = tuple(Column(name, f"{scores.TITLES[name]} %") for name in scores.METRICS)
 MAJORITY, SOURCE = "majority class", "source only"
 UNTRAINED, FIRST, ADAPTOR = "untrained Adaptor", "Adaptor, first prompt alone", "Adaptor"
-DIFFERENCE = "Adaptor minus untrained Adaptor"
+NEEDS = ("test",)
+"""Nothing is trained or chosen, so a manifest may be a test set and nothing else."""
+MINUS = {
+    UNTRAINED: "Adaptor minus untrained Adaptor",
+    FIRST: "Adaptor minus first prompt alone",
+    MAJORITY: "Adaptor minus majority class",
+}
+"""Differences that the table shows; `results.json` has them all."""
 
 
 class ZeroShotConfig(Config):
@@ -73,19 +75,15 @@ def labels_of(
         config: The policy of labels that say neither yes nor no.
 
     Raises:
-        UsageError: A class has no prompts, or there is no such label.
-        ManifestError: A split is empty, a patient is in two, or there is nothing to tell apart.
+        UsageError: A class has no prompts, or there is no such label, or a name is misspelt.
+        ManifestError: No test image can be used, a patient is in two splits, or there is nothing to
+            tell apart.
     """
     if prompts.findings:
-        known = [name for name in prompts.findings if name in manifest.label_names]
-        if not known:
-            raise UsageError(
-                "the prompts are about findings that the manifest has no labels of",
-                where=manifest.folder,
-                fix=f"--prompts FILE; labels: {', '.join(manifest.label_names) or 'none'}",
-            )
-        return labelled_findings(images, manifest, sorted(known), config.policy)
-    found = labelled_images(images, manifest, prompts.label, config.policy)
+        names = prompted_findings(prompts, manifest, finding_names(manifest))
+        return labelled_findings(images, manifest, names, config.policy, needs=NEEDS)
+    refuse_other_label(prompts, manifest)
+    found = labelled_images(images, manifest, prompts.label, config.policy, needs=NEEDS)
     lacking = [name for name in found.classes if name not in prompts.classes]
     if lacking:
         raise UsageError(
@@ -96,32 +94,11 @@ def labels_of(
     return found
 
 
-def probabilities_of(
-    logits: Float[np.ndarray, "n J"], groups: Sequence[Sequence[int]], *, of_findings: bool
-) -> Float[np.ndarray, "n C"]:
-    """Class probabilities from the scores of sentences.
-
-    The score of a class is the mean over its sentences; a finding's is that of its presence minus
-    that of its absence.
-
-    Args:
-        logits: Score of each image with each sentence.
-        groups: Numbers of the sentences of each class, or of present and absent by turns.
-        of_findings: Whether groups come in such pairs.
-    """
-    means = np.stack([logits[:, list(some)].mean(axis=1) for some in groups], axis=1)
-    means = means.astype(np.float64)
-    if of_findings:
-        return np.asarray(1.0 / (1.0 + np.exp(means[:, 1::2] - means[:, ::2])))
-    raised = np.exp(means - means.max(axis=1, keepdims=True))
-    return np.asarray(raised / raised.sum(axis=1, keepdims=True))
-
-
 def zeroshot(
     images: FeatureSet,
     manifest: Manifest,
     run: Path,
-    request: EncoderRequest,
+    texts: Path,
     out: Path,
     config: ZeroShotConfig,
     *,
@@ -131,14 +108,16 @@ def zeroshot(
     """Classify the test images by sentences, without training on any label, and measure it.
 
     Rows: majority class, source only (with several sources), Adaptors with random weights, the
-    Adaptor with one sentence a class, the Adaptor with all of them, the paired difference to the
-    random ones. Nothing is chosen here; the test labels are read once.
+    Adaptor with one sentence a class, the Adaptor with all of them, and its paired differences to
+    those. Nothing is chosen here; the test labels are read once. A manifest of test images alone
+    will do: rows that are made of training labels then say that there are none.
 
     Args:
         images: Features of the manifest's images.
         manifest: Labels, splits and patients.
         run: Folder of the training run.
-        request: The run's text encoder, as asked for.
+        texts: Folder of the text set that the run was trained on, which says how sentences are
+            encoded and stored; its shards are not read.
         out: Gets `results.json`, `results.md` and `test_reads.json`. A finished result of the same
             request is returned untouched.
         config: The sentences and the protocol's numbers.
@@ -159,15 +138,11 @@ def zeroshot(
     inputs.refuse_foreign(images, trained.image_fingerprint, run)
     labelled = labels_of(images, manifest, prompts, config)
     study = _Study(images, manifest, trained, labelled, prompts, config, device)
-    gate = TestGate(out, protocol.request_hash(study.facts()), again=again)
-    done = protocol.finished(out, gate.request)
-    if done is not None:
-        return done
-    gate.check()
-    (located,) = locate_all([request])
-    encoder = cast(FrozenTextEncoder, load_encoder(located, device=device))
-    answers = study.answers(encoder, request)
-    return _measure(study, answers, gate, out)
+    gate = protocol.open_gate(out, study.facts(), again=again)
+    if isinstance(gate, Results):
+        return gate
+    reader = open_prompt_reader(texts, trained, device=device)
+    return _measure(study, study.answers(reader), gate, out)
 
 
 def _measure(study: "_Study", answers: Mapping[str, Answers], gate: TestGate, out: Path) -> Results:
@@ -190,10 +165,11 @@ def _measure(study: "_Study", answers: Mapping[str, Answers], gate: TestGate, ou
         *inputs.adaptor_notes(study.trained, manifest),
         gate.note(),
     ]
+    judged = {way: judge.judge(one) for way, one in answers.items() if len(one.probabilities)}
     table = Table(
         title=f"Zero-shot: {manifest.name}, split test",
         columns=COLUMNS[-1:] if labelled.of_findings else COLUMNS,
-        rows=tuple(study.rows(answers, judge)),
+        rows=tuple(study.rows(answers, judged, judge)),
         notes=tuple(notes),
         configurations=0,
     )
@@ -203,6 +179,7 @@ def _measure(study: "_Study", answers: Mapping[str, Answers], gate: TestGate, ou
         "featcache": __version__,
         "classes": list(labelled.classes),
         "left_out": dict(labelled.left_out),
+        "differences": list(differences(judged, judge)),
     }
     return protocol.save_results(out, table, record)
 
@@ -229,33 +206,30 @@ class _Study:
             "config": to_plain(self.config),
         }
 
-    def answers(self, encoder: FrozenTextEncoder, request: EncoderRequest) -> dict[str, Answers]:
+    def answers(self, reader: PromptReader) -> dict[str, Answers]:
         """What every method answers for the test images."""
-        labelled = self.labelled
-        train = [labelled.of("train")]
-        answers = {MAJORITY: majority_answers(labelled, train)}
-        if len(set(labelled.sources)) > 1:
-            answers[SOURCE] = source_answers(labelled, train)
-        spec = text_spec(encoder, request, self.trained)
-        seeds = [self.config.seed + number for number in range(self.config.untrained)]
+        config, labelled = self.config, self.labelled
+        answers = dict(self._trivial())
+        seeds = [config.seed + number for number in range(config.untrained)]
         adaptors = [
             *(untrained_adaptor(self.trained, seed, self.device) for seed in seeds),
             self.trained,
         ]
         groups = self.prompts.groups(labelled.classes)
         sentences = sorted({one for some in groups for one in some})
-        texts = [
-            encode_prompts(one, encoder, spec, sentences, device=self.device) for one in adaptors
-        ]
-        logits = self._logits(adaptors, texts)
+        logits = sentence_logits(
+            adaptors,
+            reader.vectors(adaptors, sentences),
+            self.images,
+            labelled.rows[labelled.of("test")],
+            device=self.device,
+            batch_size=config.batch_size,
+        )
         place = {sentence: number for number, sentence in enumerate(sentences)}
-        ways = {
-            ADAPTOR: groups,
-            FIRST: self.prompts.first_alone().groups(labelled.classes),
-        }
+        ways = {ADAPTOR: groups, FIRST: self.prompts.first_alone().groups(labelled.classes)}
         found = {
             way: [
-                probabilities_of(
+                class_scores(
                     one,
                     [[place[sentence] for sentence in some] for some in chosen],
                     of_findings=labelled.of_findings,
@@ -268,65 +242,78 @@ class _Study:
         answers[UNTRAINED] = Answers(np.stack(found[ADAPTOR][:-1]), remark=remark)
         if ways[FIRST] != groups:
             answers[FIRST] = Answers(np.stack(found[FIRST][-1:]))
-        answers[ADAPTOR] = Answers(np.stack(found[ADAPTOR][-1:]))
+        cut = reader.count_cut(sentences)
+        remark = f"{cut} of {len(sentences)} sentences are longer than the encoder reads"
+        answers[ADAPTOR] = Answers(np.stack(found[ADAPTOR][-1:]), remark=remark if cut else "")
         return answers
 
-    @torch.inference_mode()
-    def _logits(
-        self, adaptors: Sequence[TrainedAdaptor], texts: Sequence[Float[Tensor, "J dim"]]
-    ) -> list[Float32[np.ndarray, "n J"]]:
-        """Scores of the test images with all sentences by several Adaptors, in one pass."""
-        rows = self.labelled.rows[self.labelled.of("test")]
-        made: list[list[np.ndarray]] = [[] for _ in adaptors]
-        done = 0
-        with task(f"score {self.images.spec.title}", len(rows)) as progress:
-            blocks = iterate_rows(self.images, rows, self.config.batch_size, **self.trained.reading)
-            for some, tokens, _ in blocks:
-                moved = tokens.to(self.device, torch.float32)
-                for one, asked, parts in zip(adaptors, texts, made, strict=True):
-                    encoded = one.objective.encode_images(one.adaptor, moved)
-                    parts.append(
-                        one.objective.score(encoded, asked, one.adaptor.scale).float().cpu().numpy()
-                    )
-                done += len(some)
-                progress.update(done)
-        return [np.concatenate(parts) for parts in made]
+    def _trivial(self) -> Iterator[tuple[str, Answers]]:
+        """What training labels alone tell about the test images, or why that is not known."""
+        labelled = self.labelled
+        made = {MAJORITY: majority_answers}
+        if len(set(labelled.sources)) > 1:
+            made[SOURCE] = source_answers
+        train = labelled.of("train")
+        constant = "any constant answer has AUROC 50 %" if labelled.of_findings else ""
+        reason = "; ".join(["not computable: no training image here has a label", constant])
+        for way, answer in made.items():
+            if len(train):
+                yield way, answer(labelled, [train])
+            else:
+                yield way, no_answers(reason.removesuffix("; "), len(labelled.classes))
 
-    def rows(self, answers: Mapping[str, Answers], judge: Judge) -> Iterator[Row]:
+    def rows(
+        self, answers: Mapping[str, Answers], judged: Mapping[str, Judgement], judge: Judge
+    ) -> Iterator[Row]:
         """The lines of the table."""
         labelled, name = self.labelled, self.manifest.title
         setting = {"images": f"{len(judge.targets):,}"}
-        judged: dict[str, Judgement] = {way: judge.judge(one) for way, one in answers.items()}
-        judged[DIFFERENCE] = judge.difference(judged[ADAPTOR], judged[UNTRAINED])
-        remarks = {way: one.remark for way, one in answers.items()}
-        remarks[DIFFERENCE] = "paired: same draws"
         undefined = judge.undefined_classes()
         if labelled.of_findings and len(labelled.classes) > 1:
             setting["finding"] = f"mean of {len(labelled.classes) - len(undefined)}"
         elif labelled.of_findings:
             setting["finding"] = labelled.classes[0]
-        for way, found in judged.items():
-            shown = scores.metric_names((), of_findings=labelled.of_findings)
-            figures = {column: found.figures[column] for column in shown}
-            yield Row(name, way, setting, figures, dict(found.details), remarks[way])
+        shown = scores.metric_names((), of_findings=labelled.of_findings)
+        for way, given in answers.items():
+            found = judged.get(way)
+            figures = {} if found is None else {one: found.figures[one] for one in shown}
+            details = {} if found is None else dict(found.details)
+            yield Row(name, way, setting, figures, details, given.remark)
+        gaps = self._gaps(judged, judge)
+        for way, found in gaps.items():
+            figures = {one: found.figures[one] for one in shown}
+            yield Row(name, way, setting, figures, remark="paired: same draws")
         if not labelled.of_findings or len(labelled.classes) == 1:
             return
+        lines = {**judged, MINUS[UNTRAINED]: gaps[MINUS[UNTRAINED]]}
         for finding in labelled.classes:
             has, known = undefined.get(finding, (0, 0))
             remark = f"undefined ({has} of {known} images)" if finding in undefined else ""
-            for way, found in judged.items():
+            for way, found in lines.items():
                 figures = {"auroc": found.figures[scores.OF_FINDING + finding]}
                 yield Row(name, way, {**setting, "finding": finding}, figures, remark=remark)
+
+    def _gaps(self, judged: Mapping[str, Judgement], judge: Judge) -> dict[str, Judgement]:
+        """The Adaptor minus others, as far as they have figures that could differ."""
+        # Of findings there is AUROC alone, and that of the majority row is 50 % whatever happens.
+        same = (MAJORITY,) if self.labelled.of_findings else ()
+        others = [way for way in MINUS if way in judged and way not in same]
+        return {MINUS[way]: judge.difference(judged[ADAPTOR], judged[way]) for way in others}
 
     def notes(self) -> Iterator[str]:
         """Sentences above the table."""
         groups = self.prompts.groups(self.labelled.classes)
         count = len({sentence for some in groups for sentence in some})
+        rule = "score: its log-odds against the others"
+        if self.labelled.of_findings:
+            rule = "a finding's score: that of its presence minus that of its absence"
         yield (
-            f"No label was trained on and nothing was chosen. {count} sentences; a class scores "
-            "the mean of its sentences' logits, a finding that of its presence minus that of its "
-            "absence. The majority row alone knows training labels."
+            f"No label was trained on and nothing was chosen. {count} sentences; logit of a class: "
+            f"the mean over its sentences; {rule}. Scores are never squeezed into probabilities."
         )
+        if len(self.labelled.of("train")):
+            known = " and ".join(f"`{way}`" for way, _ in self._trivial())
+            yield f"Training labels are known to {known} alone."
         yield (
             f"[95 % interval]: {self.config.draws:,} draws of the test patients. The spread of "
             f"`{UNTRAINED}` is over its random weights."
@@ -335,30 +322,12 @@ class _Study:
             yield f"Left out: {lost:,} images {reason}."
         if not self.labelled.of_findings:
             yield (
-                "The largest probability is the prediction, of equals the first class by name; no "
+                "The largest score is the prediction, of equals the first class by name; no "
                 "threshold was tuned. Pairs that tie count half in AUROC."
             )
         unused = sorted({*self.prompts.classes, *self.prompts.findings} - {*self.labelled.classes})
         if unused:
             yield f"Prompts without a label in this manifest: {', '.join(unused)}."
-
-
-def untrained_adaptor(trained: TrainedAdaptor, seed: int, device: str) -> TrainedAdaptor:
-    """The same architecture with random weights.
-
-    Args:
-        trained: Whose architecture, features and facts it takes.
-        seed: Of the weights; the global generator is left as it was.
-        device: Where it goes.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adaptor, objective = build_adaptor(
-            trained.config, trained.facts.image.dim, trained.facts.text.dim
-        )
-    for module in (adaptor, objective):
-        module.to(device).eval().requires_grad_(False)
-    return replace(trained, adaptor=adaptor, objective=objective)
 
 
 def zeroshot_workspace(
@@ -385,17 +354,15 @@ def zeroshot_workspace(
         again: Allow another request to read the test split of the output folder.
     """
     folder = workspace.run(run)
-    table = open_manifest(workspace.manifest(manifest))
+    found = inputs.look_up(workspace, folder, backbone=backbone, manifest=manifest)
+    images, table = found.images, found.manifest
     name, sentences = "config", config.prompts
     if sentences is None or prompts is not None:
         name, sentences = find_prompts(prompts, table)
         config = config.model_copy(update={"prompts": sentences})
-    reads = load_adaptor(folder).image_fingerprint
-    images = FeatureSet.open(inputs.feature_folder(workspace, "image", backbone, reads, folder))
-    request = run_request(workspace, str(folder), "text")
+    texts = run_features(workspace, str(folder), "text")
     # Other sentences are another request to the same folder: else they could be chosen on test.
     asked = "findings" if sentences.findings else sentences.label
-    out = inputs.results_folder(workspace, folder) / "zeroshot"
-    out /= f"{table.name}-{asked}-{images.folder.name}"
-    note(f"zeroshot: run {folder.name}, {images.spec.title}, {table.title}, prompts `{name}`")
-    return zeroshot(images, table, folder, request, out, config, device=device, again=again)
+    out = found.results / "zeroshot" / f"{table.name}-{asked}-{images.folder.name}"
+    found.announce("zeroshot", f", prompts `{name}`")
+    return zeroshot(images, table, folder, texts, out, config, device=device, again=again)

@@ -321,7 +321,7 @@ def run_script(text, path, how):
         text=True,
         start_new_session=True,
     )
-    output, error = process.communicate(text if piped else None, timeout=90)
+    output, error = process.communicate(text if piped else None, timeout=300)
     assert process.returncode == 0, error
     wait_until(lambda: not group_lives(process.pid), limit_s=5)
     assert "Traceback" not in error

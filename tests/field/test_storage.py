@@ -66,7 +66,7 @@ def run(program, *arguments, **options):
         [sys.executable, "-c", code, folder, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         **options,
     )
 

@@ -3,9 +3,13 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
+from featcache.errors import TrainingError
+from featcache.heads import answers
 from featcache.heads.answers import ProbeGrid, majority_answers, probe_answers, source_answers
 from featcache.heads.labels import LabelledImages
+from featcache.heads.mlp import Schedule
 
 
 def labelled(seed: int = 0, per_split=(60, 30, 30)):
@@ -136,3 +140,33 @@ def test_validation_chooses_the_pooling_that_holds_the_classes():
     alone = ask(images, {"prefix": vectors}, members)
     np.testing.assert_array_equal(found.probabilities, alone.probabilities)
     assert found.details["weight_decays"] == alone.details["weight_decays"]
+
+
+def mlp(**changed):
+    schedule = Schedule(hidden=8, epochs=5, batch_size=16, fewest_steps=40)
+    return {"decays": (0.01,), "rates": (0.01, 1e30), "schedule": schedule, **changed}
+
+
+def test_diverged_head_is_not_chosen_and_is_said():
+    images, vectors = labelled()
+    found = ask(images, vectors, [images.of("train")], **mlp())
+    assert found.details["learning_rates"] == [0.01, 0.01]
+    assert np.isfinite(found.probabilities).all()
+    assert found.remark == "2 of 4 heads diverged, none of them chosen (learning rate 1e+30)"
+
+
+def test_heads_that_all_diverge_are_an_error_with_the_learning_rates():
+    images, vectors = labelled()
+    with pytest.raises(TrainingError, match=r"learning rates 1e\+25, 1e\+30") as caught:
+        ask(images, vectors, [images.of("train")], **mlp(rates=(1e25, 1e30)))
+    assert caught.value.fix == "--set learning_rates=[1e+24]"
+
+
+def test_many_heads_are_judged_as_each_alone(monkeypatch):
+    images, vectors = labelled()
+    members = [images.of("train")[:20], images.of("train")]
+    together = ask(images, vectors, members)
+    monkeypatch.setattr(answers, "BLOCK_VALUES", 1)
+    alone = ask(images, vectors, members)
+    np.testing.assert_array_equal(together.probabilities, alone.probabilities)
+    assert together.details == alone.details

@@ -1,5 +1,6 @@
 """Linear probes, end to end on made-up tokens."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -326,8 +327,6 @@ def test_every_pair_of_rows_is_compared_on_the_same_draws(results):
 
 
 def test_published_figures_stand_beside_real_data_alone(toy, make_toy, tmp_path):
-    import dataclasses
-
     small = QUICK.model_copy(update={"fractions": (1, 100), "subsets": 1, "seeds": 1})
     covidx = {"dataset": "covidx"}
     for is_real in (True, False):
@@ -345,6 +344,21 @@ def test_published_figures_stand_beside_real_data_alone(toy, make_toy, tmp_path)
         else:
             assert not published
             assert "none stand beside this synthetic stand-in" in text
+
+
+def test_note_about_published_rows_stands_beside_rows_alone(make_toy, tmp_path):
+    toy = make_toy(tmp_path)
+    meta = toy.manifest.meta.model_copy(update={"dataset": "covidx", "synthetic": False})
+    manifest = dataclasses.replace(toy.manifest, meta=meta)
+    small = QUICK.model_copy(update={"subsets": 1, "seeds": 1, "draws": 100})
+    for number, (changed, is_noted) in enumerate(
+        [({"fractions": (20,)}, False), ({"shots": 2}, False), ({"fractions": (20, 1)}, True)]
+    ):
+        config = small.model_copy(update=changed)
+        found = finetune(toy.images, manifest, None, tmp_path / str(number), config, device="cpu")
+        has_rows = any(line.get("published") for line in found.values["rows"])
+        assert has_rows == is_noted
+        assert ("Published rows follow" in found.table.to_markdown()) == is_noted
 
 
 def test_cache_is_read_once_for_all_probes(toy, run, tmp_path, monkeypatch):

@@ -1,21 +1,21 @@
 """Phrases looked for in images: similarity maps, held against masks."""
 
+import re
+
 import numpy as np
 import pytest
-import torch
 import yaml
-from heads.kit_masks import masked_toy
+from heads.kit_masks import SIDE, masked_toy
+from heads.kit_sentences import open_bert, plain_run, write_texts
+from PIL import Image
 
-from featcache.adaptor.saved import load_adaptor
-from featcache.encoders.request import EncoderRequest
-from featcache.errors import UsageError
+from featcache.errors import TrainingError, UsageError
 from featcache.heads import grounding
-from featcache.heads.grounding import GroundConfig, ground, phrase_maps
+from featcache.heads.grounding import GroundConfig, ground
 from featcache.heads.prompts import Prompts
-from featcache.heads.protocol import Results, Table
+from featcache.loader.gather import iterate_rows
 from featcache.workspace import Workspace
 
-REQUEST = EncoderRequest(modality="text", name="toy-text")
 QUICK = GroundConfig(
     phrases=("opacity", "consolidation"), absent=("clear",), size=32, draws=100, untrained=2
 )
@@ -26,28 +26,18 @@ def masked(tmp_path_factory):
     return masked_toy(tmp_path_factory.mktemp("masked"))
 
 
-@pytest.mark.parametrize("objective", ["allpairs", "dual"])
-def test_map_of_one_phrase_is_the_objectives_similarity_map(masked, make_run, tmp_path, objective):
-    trained = load_adaptor(make_run(tmp_path / "run", masked, objective=objective))
-    torch.manual_seed(0)
-    images, words = torch.randn(3, 17, 12), torch.randn(1, 4, 8)
-    valid = torch.ones(1, 4, dtype=torch.bool)
-    text = trained.objective.encode_texts(trained.adaptor, words, valid)
-    expected = trained.objective.similarity_map(
-        trained.adaptor, images, words.expand(3, -1, -1), valid.expand(3, -1), (4, 4)
-    )
-    torch.testing.assert_close(phrase_maps(trained, images, text, (4, 4)), expected)
-    twice = phrase_maps(trained, images, torch.cat([text, text]), (4, 4))
-    torch.testing.assert_close(twice, expected)
+def ask(masked, run, out, config=QUICK, texts=None):
+    folder = (texts or masked.texts).folder
+    return ground(masked.images, masked.manifest, run, folder, out, config, device="cpu")
 
 
-@pytest.fixture
-def pointing(monkeypatch, masked, make_run, tmp_path):
+@pytest.fixture(scope="module")
+def pointing(masked, make_run, tmp_path_factory):
     """`ground` with maps that are known: the toy tokens' own signal; the phrase is not read."""
 
-    def maps(study, encoder, request):
+    def maps(study, reader):
         rows = study.masked.labelled.rows[study.numbers]
-        blocks = grounding.iterate_rows(study.images, rows, 200)
+        blocks = iterate_rows(study.images, rows, 200)
         tokens = next(blocks)[1][:, 1:, 0].float().numpy().reshape(-1, 4, 4)
         noise = np.random.default_rng(0).normal(size=tokens.shape).astype(np.float32)
         return {
@@ -56,13 +46,11 @@ def pointing(monkeypatch, masked, make_run, tmp_path):
             grounding.ADAPTOR: [tokens],
         }
 
-    monkeypatch.setattr(grounding._Study, "maps", maps)
-    monkeypatch.setattr(grounding, "locate_all", lambda requests: [None])
-    monkeypatch.setattr(grounding, "load_encoder", lambda located, device: None)
-    run = make_run(tmp_path / "run", masked)
-    return ground(
-        masked.images, masked.manifest, run, REQUEST, tmp_path / "out", QUICK, device="cpu"
-    )
+    folder = tmp_path_factory.mktemp("pointing")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grounding._Study, "maps", maps)
+        patch.setattr(grounding, "open_prompt_reader", lambda texts, trained, device: None)
+        return ask(masked, make_run(folder / "run", masked), folder / "out")
 
 
 def figure(results, method, name):
@@ -74,9 +62,12 @@ def test_table_tells_a_map_that_points_from_one_that_does_not(pointing):
     assert [line["method"] for line in pointing.values["rows"]] == [
         "all empty",
         "mean training mask",
+        "centre of the picture",
         "untrained Adaptor",
         "Adaptor, absence",
         "Adaptor",
+        "Adaptor minus all empty",
+        "Adaptor minus mean training mask",
         "Adaptor minus untrained",
     ]
     assert figure(pointing, "Adaptor", "pointing") > 0.9
@@ -101,34 +92,13 @@ def test_table_says_that_validate_masks_chose_thresholds(pointing):
 def test_objective_without_places_is_refused(masked, make_run, tmp_path):
     run = make_run(tmp_path / "paper", masked, objective="paper")
     with pytest.raises(UsageError, match="knows one vector per image"):
-        ground(masked.images, masked.manifest, run, REQUEST, tmp_path / "out", QUICK, device="cpu")
+        ask(masked, run, tmp_path / "out")
 
 
 def test_no_phrase_is_a_usage_error(masked, make_run, tmp_path):
     run, silent = make_run(tmp_path / "run", masked), QUICK.model_copy(update={"phrases": ()})
     with pytest.raises(UsageError, match="no phrase was given"):
-        ground(masked.images, masked.manifest, run, REQUEST, tmp_path / "out", silent, device="cpu")
-
-
-def test_other_phrases_are_another_request_to_the_same_folder(
-    monkeypatch, masked, make_run, tmp_path
-):
-    run = make_run(masked.images.folder.parents[2] / "runs" / "first", masked)
-    monkeypatch.setattr(grounding, "run_request", lambda *_: REQUEST)
-    nothing = Table("", (), (), (), 0)
-    monkeypatch.setattr(
-        grounding, "ground", lambda *given, **_: Results(given[4], {}, nothing, is_new=True)
-    )
-    workspace = Workspace(run.parents[1])
-    one = {"kind": "prompts", "findings": {"a": {"present": ["opacity"], "absent": ["clear"]}}}
-    file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(one))
-    options = {"run": "first", "manifest": "toy", "backbone": "toy"}
-    plain = QUICK.model_copy(update={"phrases": ()})
-    found = grounding.ground_workspace(workspace, QUICK, **options)
-    assert found.folder == run / "ground" / "toy-toy"
-    other = grounding.ground_workspace(workspace, plain, prompts=str(file), **options)
-    assert other.folder == found.folder
+        ask(masked, run, tmp_path / "out", silent)
 
 
 def test_prompts_of_several_findings_do_not_say_what_to_look_for():
@@ -137,3 +107,95 @@ def test_prompts_of_several_findings_do_not_say_what_to_look_for():
     assert grounding._phrases_of(single, "a")["phrases"] == ("There is an opacity.",)
     with pytest.raises(UsageError, match="not about one finding"):
         grounding._phrases_of(Prompts(findings={"opacity": one, "effusion": one}), "b")
+
+
+def test_differences_of_all_rows_are_written_down(pointing):
+    named = {
+        (one["first"], one["second"]): one["figures"] for one in pointing.values["differences"]
+    }
+    assert len(named) == 15  # of six rows
+    gap = named["Adaptor", "mean training mask"]["pointing"]
+    assert gap["mean"] == pytest.approx(
+        figure(pointing, "Adaptor", "pointing")
+        - figure(pointing, "mean training mask", "pointing"),
+        abs=2e-6,
+    )
+    assert gap["low"] > 0
+    assert len(named["Adaptor", "untrained Adaptor"]["dice"]["values"]) == 2
+
+
+def test_trivial_rows_see_no_pixel(pointing):
+    for row in ("all empty", "mean training mask", "centre of the picture"):
+        assert figure(pointing, row, "presence_auroc") == 0.5
+    assert figure(pointing, "mean training mask", "pointing") < 0.7
+    assert figure(pointing, "centre of the picture", "dice_positive_own") > 0
+
+
+# With a real text encoder, from a workspace
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, make_run):
+    """Pictures, masks, texts of a small BERT, and an Adaptor with fresh weights."""
+    root = tmp_path_factory.mktemp("ground")
+    toy = masked_toy(root)
+    for number, key in enumerate(toy.manifest.keys):
+        shade = np.full((SIDE, SIDE), number, dtype=np.uint8)
+        Image.fromarray(shade).save(root / f"{int(key.removeprefix('img-'))}.png")
+    encoder, request = open_bert(root / "bert")
+    texts = write_texts(root / "features" / "text" / "bert", encoder, request, ["clear", "opacity"])
+    run = plain_run(root / "runs" / "first", toy.images, texts)
+    (run / "config.yaml").write_text("images: toy\ntexts: bert\n")
+    found = Workspace(root)
+    found.use(manifest="toy", image="toy", run="first")
+    return found
+
+
+def test_same_request_gives_the_same_bytes_and_is_left_alone(workspace, monkeypatch):
+    first = grounding.ground_workspace(workspace, QUICK, device="cpu")
+    assert first.folder == workspace.runs / "first" / "ground" / "toy-toy"
+    content = (first.folder / "results.json").read_bytes()
+    assert not grounding.ground_workspace(workspace, QUICK, device="cpu").is_new
+    (first.folder / "results.json").unlink()
+    again = grounding.ground_workspace(workspace, QUICK, device="cpu")
+    assert again.is_new
+    assert (first.folder / "results.json").read_bytes() == content
+    other = QUICK.model_copy(update={"phrases": ("small opacity",)})
+    with pytest.raises(TrainingError, match="by 1 other request"):
+        grounding.ground_workspace(workspace, other, device="cpu")
+
+
+def test_pictures_are_asked_for_and_change_no_figure(workspace):
+    before = grounding.ground_workspace(workspace, QUICK, device="cpu")
+    assert not (before.folder / "maps").exists()
+    config = QUICK.model_copy(update={"save_maps": 3})
+    after = grounding.ground_workspace(workspace, config, device="cpu")
+    assert not after.is_new
+    assert after.values == before.values
+    pictures = sorted((after.folder / "maps").glob("*"))
+    assert len(pictures) == 3
+    assert all(re.fullmatch(r"row-\d{6}\.png", one.name) for one in pictures)
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (2 * SIDE, SIDE)
+    content = [one.read_bytes() for one in pictures]
+    grounding.ground_workspace(workspace, config, device="cpu")
+    assert [one.read_bytes() for one in pictures] == content
+
+
+def test_empty_phrase_is_a_usage_error(workspace):
+    for phrases in ((" ",), ("opacity", "")):
+        config = QUICK.model_copy(update={"phrases": phrases})
+        with pytest.raises(UsageError, match="a phrase is empty"):
+            grounding.ground_workspace(workspace, config, device="cpu")
+
+
+def test_phrases_come_from_prompts_of_a_single_finding(workspace, tmp_path):
+    plain = QUICK.model_copy(update={"phrases": (), "absent": ()})
+    one = {"kind": "prompts", "findings": {"a": {"present": ["opacity"], "absent": ["clear"]}}}
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(one))
+    # Whatever the name of the file: phrases must not be chosen on test.
+    with pytest.raises(TrainingError, match="by 1 other request"):
+        grounding.ground_workspace(workspace, plain, prompts=str(file), device="cpu")
+    with pytest.raises(UsageError, match="no prompts are known for data set `spreadsheet`"):
+        grounding.ground_workspace(workspace, plain, device="cpu")

@@ -7,8 +7,15 @@ import pytest
 
 from featcache.adaptor.saved import load_adaptor
 from featcache.config import write_json
-from featcache.errors import WorkspaceError
-from featcache.heads.inputs import adaptor_notes, feature_folder, results_folder, source_facts
+from featcache.errors import CacheError, WorkspaceError
+from featcache.heads.inputs import (
+    adaptor_notes,
+    feature_folder,
+    look_up,
+    results_folder,
+    run_if_any,
+    source_facts,
+)
 from featcache.workspace import Workspace
 
 
@@ -74,3 +81,41 @@ def test_results_of_a_foreign_run_stay_out_of_its_folder(tmp_path):
     foreign = Path("elsewhere") / "runs" / "second"
     assert results_folder(workspace, foreign) == workspace.root / "results" / "second"
     assert results_folder(workspace, None) == workspace.root / "results" / "no-adaptor"
+
+
+def test_look_up_finds_what_the_run_reads_and_where_results_go(make_toy, make_run, tmp_path):
+    toy = make_toy(tmp_path)
+    run = make_run(tmp_path / "runs" / "first", toy)
+    workspace = Workspace(tmp_path)
+    workspace.use(manifest="toy")
+    found = look_up(workspace, run)
+    assert found.images.folder == toy.images.folder
+    assert found.manifest.name == "toy"
+    assert found.trained.image_fingerprint == toy.images.fingerprint
+    assert found.results == run
+    alone = look_up(workspace, None, backbone="toy")
+    assert alone.trained is None
+    assert alone.results == tmp_path / "results" / "no-adaptor"
+
+
+def test_run_is_optional_only_while_none_is_named_or_current(make_toy, make_run, tmp_path):
+    toy = make_toy(tmp_path)
+    workspace = Workspace(tmp_path)
+    assert run_if_any(workspace, None) is None
+    with pytest.raises(WorkspaceError):
+        run_if_any(workspace, "first")
+    run = make_run(tmp_path / "runs" / "first", toy)
+    workspace.use(run="first")
+    assert run_if_any(workspace, None) == run
+
+
+def test_set_without_a_grid_is_refused_before_the_manifest_is_opened(write_set, make_toy, tmp_path):
+    own = make_toy(tmp_path)
+    spec = own.images.spec.model_copy(update={"encoder": "flat", "grid": None})
+    tokens = list(own.images.read_tokens(np.arange(3)))
+    write_set(tmp_path / "features" / "image" / "flat", spec, own.images.keys[:3], tokens)
+    workspace = Workspace(tmp_path)
+    with pytest.raises(CacheError, match="no grid of patch tokens"):
+        look_up(workspace, None, backbone="flat", manifest="is-not-there", needs_grid=True)
+    with pytest.raises(WorkspaceError):
+        look_up(workspace, None, backbone="flat", manifest="is-not-there")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from featcache.heads.answers import Answers
-from featcache.heads.judge import Judge
+from featcache.heads.judge import Judge, Judgement, differences, subtract
+from featcache.heads.protocol import Estimate
 from featcache.heads.scores import METRICS
 
 
@@ -80,3 +81,39 @@ def test_single_class_has_no_auroc_and_says_so():
     assert np.isnan(judged.figures["auroc"].mean)
     assert judged.figures["auroc"].interval is None
     assert judged.figures["accuracy"].interval is not None
+
+
+def of_runs(*values, drawn=(0.0, 1.0)):
+    return Judgement({"dice": Estimate(values)}, np.array(drawn)[:, None])
+
+
+def test_each_run_of_a_trivial_row_stands_beside_the_seeds_of_its_subset():
+    of_seeds, of_subsets = of_runs(6.0, 5.0, 4.0, 3.0), of_runs(2.0, 1.0)
+    gap = subtract(of_seeds, of_subsets, {"dice": True})
+    assert gap.figures["dice"].values == (4.0, 3.0, 3.0, 2.0)
+    back = subtract(of_subsets, of_seeds, {"dice": True})
+    assert back.figures["dice"].values == (-4.0, -3.0, -3.0, -2.0)
+
+
+def test_a_single_run_stands_beside_all_runs_and_draws_are_subtracted_one_by_one():
+    first, second = of_runs(0.6, 0.8, drawn=(0.5, 0.9)), of_runs(0.5, drawn=(0.4, 0.7))
+    gap = subtract(first, second, {"dice": True})
+    assert gap.figures["dice"].values == pytest.approx((0.1, 0.3))
+    assert gap.drawn[:, 0] == pytest.approx([0.1, 0.2])
+    assert gap.figures["dice"].interval.low == pytest.approx(0.1025)
+    assert subtract(first, second, {"dice": False}).figures["dice"].interval is None
+
+
+def test_numbers_of_runs_that_do_not_fit_leave_the_difference_of_the_means():
+    gap = subtract(of_runs(1.0, 2.0, 3.0), of_runs(1.0, 0.0), {"dice": True})
+    assert gap.figures["dice"].values == (1.5,)
+
+
+def test_every_method_is_compared_with_every_one_before_it():
+    targets = np.arange(30) % 3
+    judge = judge_of(targets)
+    judged = {name: judge.judge(Answers(noisy(targets, seed=n))) for n, name in enumerate("abc")}
+    found = list(differences(judged, judge))
+    assert [(one["first"], one["second"]) for one in found] == [("b", "a"), ("c", "a"), ("c", "b")]
+    expected = judged["c"].figures["auroc"].mean - judged["a"].figures["auroc"].mean
+    assert found[1]["figures"]["auroc"]["mean"] == pytest.approx(expected, abs=1e-6)

@@ -1,5 +1,10 @@
 """Linear probes trained at once."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +12,8 @@ from sklearn.linear_model import LogisticRegression
 
 from featcache.errors import TrainingError
 from featcache.heads.probe import train_probes
+
+KIT = Path(__file__).with_name("kit_large_probes.py")
 
 
 def draw(rows: int = 90, dim: int = 12, classes: int = 3, seed: int = 0):
@@ -149,3 +156,24 @@ def test_empty_subset_is_refused():
     empty = np.zeros(0, dtype=np.int64)
     with pytest.raises(TrainingError, match="holds no image"):
         train_probes(vectors, targets, [empty], num_classes=3, decays=(0.1,), seeds=(0,))
+
+
+@pytest.mark.slow
+def test_memory_grows_by_one_float32_copy_of_the_vectors(tmp_path):
+    width, sizes = 768, (10_000, 50_000)
+    found = [
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-B", KIT, str(rows), str(width), str(tmp_path)],
+                check=True,
+                capture_output=True,
+            ).stdout
+        )
+        for rows in sizes
+    ]
+    grown = [one["peak_mb"] - one["before_mb"] for one in found]
+    per_row = 1e6 * (grown[1] - grown[0]) / (sizes[1] - sizes[0])
+    # Rows in float64 and the logits of 64 probes, if they were kept, would be 5 copies. What the
+    # allocator leaves between blocks is why this is no equality.
+    assert per_row <= 1.5 * 4 * (width + 1)
+    assert grown[1] <= 400

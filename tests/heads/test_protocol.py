@@ -15,6 +15,7 @@ from featcache.heads.protocol import (
     TestGate,
     finished,
     interval_of,
+    open_gate,
     patient_bootstrap,
     patient_weights,
     request_hash,
@@ -143,6 +144,22 @@ def test_same_question_may_repeat_a_read_whose_result_was_lost(tmp_path):
     gate = TestGate(tmp_path, "aaaa")
     gate.read({})
     assert "read once" in gate.note()
+
+
+def test_gate_opens_to_a_finished_result_or_to_one_question(tmp_path):
+    gate = open_gate(tmp_path, {"seed": 0}, again=False)
+    assert isinstance(gate, TestGate)
+    gate.read({})
+    table = Table("t", (), (), (), 0)
+    save_results(tmp_path, table, {"request": gate.request})
+    done = open_gate(tmp_path, {"seed": 0}, again=False)
+    assert not isinstance(done, TestGate)
+    assert done.values["request"] == gate.request
+    with pytest.raises(TrainingError, match="was read before"):
+        open_gate(tmp_path, {"seed": 1}, again=False)
+    assert isinstance(open_gate(tmp_path, {"seed": 1}, again=True), TestGate)
+    of_validate = open_gate(tmp_path, {"seed": 1}, again=False, reads_test=False)
+    assert isinstance(of_validate, TestGate)
 
 
 def test_request_depends_on_every_part():

@@ -30,14 +30,33 @@ def test_rows_of_a_share_name_their_source(tmp_path):
     assert rows["G2D encoder-decoder"].setting["labels"] == "100 %"
     assert list(published_rows("segment", toy.manifest, 5.0)) == []
     assert list(published_rows("retrieve", toy.manifest, 100.0)) == []
-    [note] = published_notes("segment", toy.manifest)
+    [note] = published_notes("segment", toy.manifest, [5.0, 100.0])
     assert "another protocol" in note
+
+
+def test_where_no_row_stands_nothing_is_said(tmp_path):
+    for synthetic in (True, False):
+        toy = masked_toy(tmp_path / str(synthetic), dataset="rsna", synthetic=synthetic)
+        assert list(published_notes("segment", toy.manifest, [5.0])) == []
+        assert list(published_notes("segment", toy.manifest, [])) == []
+        assert list(published_notes("classify", toy.manifest, [100.0], label="other")) == []
+    other = masked_toy(tmp_path / "other", dataset="spreadsheet", synthetic=True)
+    assert list(published_notes("segment", other.manifest, [100.0])) == []
 
 
 def test_stand_in_gets_a_sentence_instead(tmp_path):
     toy = masked_toy(tmp_path, dataset="rsna", synthetic=True)
     assert list(published_rows("segment", toy.manifest, 100.0)) == []
-    assert list(published_notes("segment", toy.manifest)) == [NOT_BESIDE_STAND_INS]
+    assert list(published_notes("segment", toy.manifest, [100.0])) == [NOT_BESIDE_STAND_INS]
+
+
+def test_no_method_has_the_figures_of_another_data_set():
+    """A row that was copied into the wrong table would stand twice; the empty mask may not move."""
+    seen: dict[tuple, str] = {}
+    for table in read_published().tables:
+        for row in table.rows:
+            figures = (row.method, *row.at.values())
+            assert seen.setdefault(figures, table.dataset) == table.dataset, figures
 
 
 def test_row_without_a_known_source_is_refused(tmp_path):

@@ -49,8 +49,31 @@ def test_both_ways_have_chance_linear_map_and_adaptor(results):
         "linear map (ridge) on raw features",
         "Adaptor",
         "Adaptor minus linear map",
+        "Adaptor minus chance",
     ]
     assert found == [(way, method) for way in WAYS for method in methods]
+
+
+def test_every_pair_of_rows_is_compared_on_the_same_draws(results):
+    methods = ["chance (exact)", "linear map (ridge) on raw features", "Adaptor"]
+    expected = [
+        (way, b, a) for way in WAYS for n, a in enumerate(methods) for b in methods[n + 1 :]
+    ]
+    pairs = results.values["differences"]
+    found = {(one["direction"], one["first"], one["second"]): one["figures"] for one in pairs}
+    assert sorted(found) == sorted(expected)
+    for (way, first, second), gap in found.items():
+        ours, theirs = figures(results, first, way)[0], figures(results, second, way)[0]
+        for name in ("recall_at_1", "mrr", "median_rank"):
+            assert gap[name]["mean"] == pytest.approx(ours[name] - theirs[name], abs=3e-6)
+    _, line = figures(results, "Adaptor minus chance", WAYS[0])
+    assert line["figures"]["mrr"] == found[WAYS[0], "Adaptor", "chance (exact)"]["mrr"]
+    assert line["figures"]["mrr"]["low"] < line["figures"]["mrr"]["high"]
+
+
+def test_chance_is_exact_and_has_no_interval(results):
+    _, line = figures(results, "chance (exact)", WAYS[1])
+    assert all(one["low"] is None for one in line["figures"].values())
 
 
 def test_linear_map_finds_what_is_linear(results):
@@ -117,7 +140,7 @@ def test_perfect_scores_reach_rank_one_despite_shared_texts(toy):
     cache = open_cache(toy.images, toy.texts, toy.manifest, split="test")
     candidates = candidates_of(cache, toy.manifest)
     perfect = candidates.positives(slice(0, 36)).astype(np.float32)
-    for ranks in ranks_both_ways([perfect], candidates):
+    for ranks in ranks_both_ways(lambda: [perfect], candidates):
         assert (ranks == 1).all()
 
 

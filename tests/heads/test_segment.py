@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 from heads.conftest import image_spec
 from heads.kit_masks import GRID, masked_toy
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save
 
+from featcache.adaptor.saved import load_adaptor
 from featcache.config import read_json
 from featcache.errors import CacheError, StaleFeatureSetError, TrainingError
 from featcache.heads import segment_study
@@ -44,7 +48,7 @@ def figure(results, method, percent, name="dice"):
 
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory):
-    return masked_toy(tmp_path_factory.mktemp("masked"))
+    return masked_toy(tmp_path_factory.mktemp("masked"), dataset="rsna")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +69,7 @@ def test_every_share_has_its_trivial_rows(results):
         "raw backbone",
         "Adaptor",
         "Adaptor minus raw backbone",
+        "Adaptor minus all empty",
     ]
     for percent in (10.0, 100.0):
         found = [r["method"] for r in results.values["rows"] if r["percent"] == percent]
@@ -102,6 +107,34 @@ def test_difference_is_the_difference_of_the_means(results):
     assert gap == pytest.approx(expected, abs=2e-6)
 
 
+def test_every_pair_of_rows_is_compared_on_the_same_draws(results):
+    pairs = [one for one in results.values["differences"] if one["labels"] == "10 %"]
+    methods = ["all empty", "mean training mask", "raw backbone", "Adaptor"]
+    expected = {(b, a) for n, a in enumerate(methods) for b in methods[n + 1 :]}
+    assert {(one["first"], one["second"]) for one in pairs} == expected
+    assert len(pairs) == len(expected)
+    for one in pairs:
+        gap = figure(results, one["first"], 10) - figure(results, one["second"], 10)
+        assert one["figures"]["dice"]["mean"] == pytest.approx(gap, abs=3e-6)
+        assert one["figures"]["dice"]["low"] <= one["figures"]["dice"]["high"]
+    shown = row(results, "Adaptor minus all empty", 10)
+    [same] = [one for one in pairs if (one["first"], one["second"]) == ("Adaptor", "all empty")]
+    assert shown["figures"]["dice"] == same["figures"]["dice"]
+    assert len(shown["figures"]["dice"]["values"]) == shown["runs"] == 4
+
+
+def test_where_every_picture_has_a_mask_the_mean_mask_is_the_one_to_beat(make_run, tmp_path):
+    toy = masked_toy(tmp_path, positive_every=1)
+    run = make_run(tmp_path / "run", toy)
+    quick = QUICK.model_copy(update={"fractions": (100.0,), "seeds": 1, "steps": 2})
+    found = segment(toy.images, toy.manifest, run, tmp_path / "out", quick, device="cpu")
+    methods = [line["method"] for line in found.values["rows"]]
+    assert methods[-2:] == ["Adaptor minus raw backbone", "Adaptor minus mean training mask"]
+    expected = figure(found, "Adaptor", 100) - figure(found, "mean training mask", 100)
+    gap = figure(found, "Adaptor minus mean training mask", 100)
+    assert gap == pytest.approx(expected, abs=2e-6)
+
+
 def test_table_says_stand_in_notes_and_rules(results):
     text = (results.folder / "results.md").read_text()
     assert text.index("Made-up tokens.") < text.index("| data set |")
@@ -109,7 +142,7 @@ def test_table_says_stand_in_notes_and_rules(results):
     assert "empty on empty = 1" in text
     assert "The test split was read once" in text
     body = [line for line in text.splitlines() if line.startswith("| toy")]
-    assert len(body) == 12
+    assert len(body) == 14
     assert all("(synthetic stand-in)" in line for line in body)
 
 
@@ -152,6 +185,72 @@ def test_stopped_call_goes_on_to_the_same_bytes(results, masked, run, tmp_path, 
     assert len(calls) - done == 3
     assert (out / "results.json").read_bytes() == (results.folder / "results.json").read_bytes()
     assert resumed.is_new
+
+
+@pytest.fixture
+def stopped(results, tmp_path):
+    """A folder with all decoders, as a call that was stopped right after them left it."""
+    out = tmp_path / "stopped"
+    shutil.copytree(results.folder / "decoders", out / "decoders")
+    return out
+
+
+@pytest.mark.parametrize("fact", ["request", "features", "subset", "settings", "masks"])
+def test_decoders_of_anything_else_are_made_anew(stopped, results, masked, run, monkeypatch, fact):
+    path = stopped / "decoders" / "adaptor-10-1.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) + 1.0 for name in file.keys()}  # noqa: SIM118
+    assert set(metadata) == {"request", "features", "subset", "settings", "masks", "fit"}
+    path.write_bytes(save(tensors, metadata | {fact: "of something else"}))
+    train, calls = segment_study.fit_subset, []
+    monkeypatch.setattr(
+        segment_study, "fit_subset", lambda *given: calls.append(given[1]) or train(*given)
+    )
+    segment(masked.images, masked.manifest, run, stopped, QUICK, device="cpu")
+    assert [(subset.percent, subset.number) for subset in calls] == [(10.0, 1)]
+    assert (stopped / "results.json").read_bytes() == (results.folder / "results.json").read_bytes()
+
+
+def test_decoders_say_which_features_and_images_they_are_of(results, masked, run):
+    def facts_of(name):
+        with safe_open(results.folder / "decoders" / f"{name}.safetensors", "pt") as file:
+            return file.metadata()
+
+    adaptor, raw, other = (facts_of(one) for one in ("adaptor-10-0", "raw-10-0", "raw-10-1"))
+    assert masked.images.fingerprint in raw["features"]
+    assert load_adaptor(run).facts.weights_sha256 in adaptor["features"]
+    assert adaptor["subset"] == raw["subset"] != other["subset"]
+    assert json.loads(raw["settings"])["learning_rates"] == [0.01, 0.05]
+
+
+def test_changed_mask_file_is_another_request(tmp_path):
+    files = tmp_path / "masks"
+    files.mkdir()
+    inside = np.zeros((32, 32), dtype=np.uint8)
+    inside[8:24, 8:24] = 255
+
+    def in_files(columns):
+        for number, text in enumerate(columns["mask"]):
+            if text:
+                Image.fromarray(inside).save(files / f"{number}.png")
+                columns["mask"][number] = f"file:masks/{number}.png"
+
+    toy = masked_toy(tmp_path, edit=in_files)
+    quick = QUICK.model_copy(update={"fractions": (100.0,), "seeds": 1, "steps": 2})
+    arguments = (toy.images, toy.manifest, None, tmp_path / "out", quick)
+    first = segment(*arguments, device="cpu")
+    assert not segment(*arguments, device="cpu").is_new
+    images = toy.manifest.images
+    pairs = zip(images["split"].to_pylist(), images["mask"].to_pylist(), strict=True)
+    changed = next(mask for split, mask in pairs if split == "test" and mask)
+    inside[20:] = 0
+    Image.fromarray(inside).save(tmp_path / changed.removeprefix("file:"))
+    with pytest.raises(TrainingError, match="the test split was read before"):
+        segment(*arguments, device="cpu")
+    second = segment(*arguments, device="cpu", again=True)
+    assert second.values["mask_files"] != first.values["mask_files"]
+    assert figure(second, "mean training mask", 100) != figure(first, "mean training mask", 100)
 
 
 def test_another_request_may_not_read_the_test_split(results, masked, run, tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from heads.conftest import image_spec
 from heads.kit_masks import masked_toy
+from PIL import Image
 
 from featcache.errors import CacheError, ManifestError
 from featcache.heads.segment_masks import masked_images, pixel_size, refuse_without_grid
@@ -49,6 +50,25 @@ def test_mask_too_thin_for_half_a_pixel_is_kept(tmp_path):
     masks = masked.masks(numbers, (4, 4))
     assert masks.thin == len(numbers)
     assert (masks.of(numbers.tolist()).sum(axis=(1, 2)) > 0).all()
+
+
+def test_content_of_mask_files_has_a_hash_that_the_manifest_lacks(tmp_path):
+    def in_files(columns):
+        columns["mask"] = [f"file:{i % 2}.png" if m else m for i, m in enumerate(columns["mask"])]
+
+    for name in ("0.png", "1.png"):
+        Image.fromarray(np.full((32, 32), 255, dtype=np.uint8)).save(tmp_path / name)
+    toy = masked_toy(tmp_path, edit=in_files)
+    first = masked_images(toy.images, toy.manifest).facts()
+    assert first == masked_images(toy.images, toy.manifest).facts()
+    assert list(first) == ["mask_files"]
+    Image.fromarray(np.eye(32, dtype=np.uint8)).save(tmp_path / "1.png")
+    assert masked_images(toy.images, toy.manifest).facts() != first
+
+
+def test_masks_in_the_manifest_itself_need_no_hash(tmp_path):
+    toy = masked_toy(tmp_path)
+    assert masked_images(toy.images, toy.manifest).facts() == {}
 
 
 def test_what_is_not_annotated_is_counted_not_taken_for_empty(tmp_path):

@@ -46,6 +46,20 @@ def test_adapted_grid_is_what_the_adaptor_makes_of_each_image(masked, make_run, 
     assert len(list(tmp_path.glob("adaptor-*.npy"))) == 1
 
 
+def test_written_tokens_are_those_of_the_images_not_of_the_row_numbers(
+    masked, make_run, write_set, tmp_path
+):
+    trained = load_adaptor(make_run(tmp_path / "run", masked))
+    keys, tokens = masked.images.keys[:6], list(masked.images.read_tokens(np.arange(6)))
+    turned = [
+        write_set(tmp_path / name, masked.images.spec, order, tokens)
+        for name, order in (("one", keys), ("other", keys[::-1]))
+    ]
+    for images in turned:
+        adapted_grid(images, np.arange(6), trained, tmp_path / "held", device="cpu")
+    assert len(list((tmp_path / "held").iterdir())) == 2
+
+
 def test_written_tokens_are_found_again_without_asking_for_more(tmp_path):
     tokens = torch.randn(5, 4, 3)
     first = _hold(tmp_path / "a.npy", [tokens[:2], tokens[2:]], 5, (2, 2))

@@ -3,38 +3,22 @@
 import dataclasses
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 import yaml
-from encoders.conftest import save_bert
+from heads.conftest import image_spec
+from heads.kit_sentences import SAID, open_bert, said_manifest, write_texts
 
 from featcache.adaptor.run import RunConfig
-from featcache.adaptor.saved import load_adaptor
 from featcache.adaptor.train import train_adaptor
-from featcache.cache.folder import FeatureSetWriter
-from featcache.cache.format import plan_shards
 from featcache.cache.reader import FeatureSet
-from featcache.cache.writer import ShardWriter
-from featcache.config import ConfigError, list_configs, validate
-from featcache.encoders.interface import load_encoder
-from featcache.encoders.request import EncoderRequest, locate_all, save_request
 from featcache.errors import StaleFeatureSetError, TrainingError, UsageError
-from featcache.heads.prompts import Prompts, encode_prompts, find_prompts, text_spec
-from featcache.heads.zeroshot import (
-    ZeroShotConfig,
-    probabilities_of,
-    zeroshot,
-    zeroshot_workspace,
-)
-from featcache.manifest.table import open_manifest, text_id, write_manifest
+from featcache.heads.prompts import Prompts
+from featcache.heads.zeroshot import ZeroShotConfig, zeroshot, zeroshot_workspace
+from featcache.manifest.table import write_manifest
 from featcache.workspace import Workspace
 
-SAID = {
-    "effusion": ["left pleural effusion", "small pleural effusion", "right effusion"],
-    "normal": ["lungs are clear", "heart size is normal", "no acute abnormality"],
-    "pneumonia": ["opacity in left base", "mild edema and opacity", "opacity in the base"],
-}
 PROMPTS = Prompts(classes={name: tuple(some) for name, some in SAID.items()})
 QUICK = ZeroShotConfig(prompts=PROMPTS, draws=200, untrained=2)
 
@@ -46,24 +30,6 @@ class Study:
     texts: FeatureSet
     manifest: object
     run: object
-    request: EncoderRequest
-
-
-def write_texts(folder, encoder, unique):
-    """Ids and texts, encoded one by one, as a feature set."""
-    spec, ids = encoder.spec(dtype="float16", batch_size=4), [one for one, _ in unique]
-    said, pooled = [], []
-    for _, text in unique:
-        padded, valid = encoder.pad_batch(encoder.tokenize([text]).ids * 4)
-        encoded = encoder(padded, valid)
-        said.append(encoded.tokens[0][valid[0]].numpy())
-        pooled.append(encoded.pooled[0].numpy())
-    writer = FeatureSetWriter.create(folder, spec, plan_shards(spec, ids, ids), "toy")
-    [shard] = writer.shards
-    with ShardWriter(folder, spec, shard, np.array([len(one) for one in said])) as out:
-        out.write(np.arange(len(ids)), np.concatenate(said), np.stack(pooled))
-        out.finish()
-    return FeatureSet.open(folder)
 
 
 @pytest.fixture(scope="module")
@@ -72,33 +38,17 @@ def study(tmp_path_factory, make_toy):
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("zeroshot")
     toy = make_toy(root)
-    request = EncoderRequest(
-        modality="text", name=str(save_bert(root / "bert")), batch_size=4, max_tokens=16
-    )
-    (located,) = locate_all([request])
-    encoder = load_encoder(located)
     kinds = toy.manifest.images.column("label:class").to_pylist()
-    texts = [SAID[kind][number % 3] for number, kind in enumerate(kinds)]
-    effusion = pa.array([int(kind == "effusion") for kind in kinds], pa.int8())
-    manifest = write_manifest(
-        root / "manifests" / "toy",
-        toy.manifest.images.append_column("label:Effusion", effusion),
-        pa.table(
-            {
-                "key": toy.manifest.keys,
-                "text_id": [text_id(text) for text in texts],
-                "text": texts,
-                "unit": ["report"] * len(texts),
-            }
-        ),
-        dataset="spreadsheet",
-        image_root=root,
-        synthetic=True,
+    manifest = said_manifest(
+        root,
+        toy,
+        Effusion=[int(kind == "effusion") for kind in kinds],
+        Normal=[int(kind == "normal") for kind in kinds],
+        Hernia=[0] * len(kinds),
     )
-    unique = sorted({(text_id(text), text) for text in texts})
-    folder = root / "features" / "text" / "bert"
-    words = write_texts(folder, encoder, unique)
-    save_request(folder, request)
+    encoder, request = open_bert(root / "bert")
+    texts = sorted(one for some in SAID.values() for one in some)
+    words = write_texts(root / "features" / "text" / "bert", encoder, request, texts)
     config = RunConfig(
         images="toy",
         texts="bert",
@@ -110,11 +60,13 @@ def study(tmp_path_factory, make_toy):
     )
     run = root / "runs" / "first"
     train_adaptor(toy.images, words, manifest, run, config, device="cpu")
-    return Study(root, toy.images, words, manifest, run, request)
+    return Study(root, toy.images, words, manifest, run)
 
 
 def ask(study, out, config=QUICK, **options):
-    return zeroshot(study.images, study.manifest, study.run, study.request, out, config, **options)
+    return zeroshot(
+        study.images, study.manifest, study.run, study.texts.folder, out, config, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +99,8 @@ def test_table_has_the_trivial_rows_and_says_that_nothing_was_trained(results):
         "Adaptor, first prompt alone",
         "Adaptor",
         "Adaptor minus untrained Adaptor",
+        "Adaptor minus first prompt alone",
+        "Adaptor minus majority class",
     ]
     text = results.table.to_markdown()
     assert "No label was trained on and nothing was chosen. 9 sentences" in text
@@ -164,39 +118,123 @@ def test_order_of_classes_and_sentences_changes_nothing(study, results, tmp_path
     assert list(line_of(found, "Adaptor")["confusion"]) == ["effusion", "normal", "pneumonia"]
 
 
-def test_prompt_is_read_exactly_like_the_cached_text(study):
-    trained = load_adaptor(study.run)
-    (located,) = locate_all([study.request])
-    encoder = load_encoder(located)
-    spec = study.texts.spec
-    sentences = ["left pleural effusion", "lungs are clear", "no acute abnormality"] * 2
-    found = encode_prompts(trained, encoder, spec, sentences)
-    for vector, sentence in zip(found, sentences, strict=True):
-        row = study.texts.row_of[text_id(sentence)]
-        tokens = torch.from_numpy(study.texts.read_tokens(np.array([row]))).float()[None]
-        real = torch.ones(tokens.shape[:2], dtype=torch.bool)
-        with torch.inference_mode():
-            expected = trained.objective.encode_texts(trained.adaptor, tokens, real)[0]
-        torch.testing.assert_close(vector, expected, atol=2e-3, rtol=2e-3)
+def test_differences_of_all_rows_are_paired_and_written_down(results):
+    named = {(one["first"], one["second"]): one["figures"] for one in results.values["differences"]}
+    assert len(named) == 6  # of four rows
+    for second in ("majority class", "untrained Adaptor", "Adaptor, first prompt alone"):
+        for figure, gap in named["Adaptor", second].items():
+            means = [
+                line_of(results, one)["figures"][figure]["mean"] for one in ("Adaptor", second)
+            ]
+            assert gap["mean"] == pytest.approx(means[0] - means[1], abs=2e-6)
+            assert gap["low"] <= gap["mean"] <= gap["high"]
+    shown = line_of(results, "Adaptor minus majority class")["figures"]
+    assert shown == named["Adaptor", "majority class"]
+    assert len(named["Adaptor", "untrained Adaptor"]["auroc"]["values"]) == 2
 
 
-def test_score_of_a_class_is_the_mean_of_its_sentences():
-    logits = np.array([[2.0, 0.0, 1.0, 3.0]], dtype=np.float32)
-    found = probabilities_of(logits, [[0, 1], [2], [3]], of_findings=False)
-    expected = np.exp([1.0, 1.0, 3.0])
-    np.testing.assert_allclose(found[0], expected / expected.sum())
-    pairs = probabilities_of(logits, [[0], [1], [2], [3]], of_findings=True)
-    np.testing.assert_allclose(pairs[0], 1 / (1 + np.exp([-2.0, 2.0])))
+def about_findings(**more):
+    absent = SAID["normal"] + SAID["pneumonia"]
+    found = {"Effusion": {"present": SAID["effusion"], "absent": absent}, **more}
+    return QUICK.model_copy(update={"prompts": Prompts(findings=found)})
 
 
 def test_finding_is_scored_by_presence_against_absence(study, tmp_path):
-    absent = SAID["normal"] + SAID["pneumonia"]
-    prompts = Prompts(findings={"Effusion": {"present": SAID["effusion"], "absent": absent}})
-    config = QUICK.model_copy(update={"prompts": prompts})
-    found = ask(study, tmp_path, config, device="cpu")
+    found = ask(study, tmp_path, about_findings(), device="cpu")
     line = line_of(found, "Adaptor", finding="Effusion")
     assert line["figures"]["auroc"]["mean"] > 0.7
     assert [column["name"] for column in found.values["columns"]] == ["auroc"]
+    methods = [line["method"] for line in found.values["rows"]]
+    assert "Adaptor minus majority class" not in methods  # AUROC minus 50 % says nothing
+
+
+def test_finding_that_no_test_image_has_is_undefined_and_in_no_mean(study, tmp_path):
+    asked = about_findings(
+        Normal={"present": SAID["normal"], "absent": SAID["effusion"]},
+        Hernia={"present": ["small effusion"], "absent": ["lungs are clear"]},
+    )
+    found = ask(study, tmp_path, asked, device="cpu")
+    mean = line_of(found, "Adaptor", finding="mean of 2")["figures"]["auroc"]["mean"]
+    single = [
+        line_of(found, "Adaptor", finding=one)["figures"]["auroc"]["mean"]
+        for one in ("Effusion", "Normal")
+    ]
+    assert mean == pytest.approx(np.mean(single), abs=2e-6)
+    hernia = line_of(found, "Adaptor", finding="Hernia")
+    assert hernia["remark"] == "undefined (0 of 36 images)"
+    assert hernia["figures"]["auroc"]["mean"] is None
+    assert "| undefined |" in found.table.to_markdown()
+
+
+def test_misspelt_finding_is_refused_before_the_test_split_is_read(study, tmp_path):
+    asked = about_findings(Norml={"present": ["a"], "absent": ["b"]})
+    with pytest.raises(UsageError, match="have `Norml`, the manifest does not; did you mean `Nor"):
+        ask(study, tmp_path, asked, device="cpu")
+    assert not (tmp_path / "test_reads.json").exists()
+
+
+def only_test(study, folder):
+    """The manifest's test images alone, as people have them who evaluate on another's data."""
+    rows = study.manifest.images
+    kept = rows.filter(pc.equal(rows["split"], "test"))
+    return write_manifest(folder, kept, dataset="spreadsheet", image_root=folder, synthetic=True)
+
+
+@pytest.mark.parametrize("config", [QUICK, about_findings()], ids=["classes", "findings"])
+def test_manifest_of_test_images_alone_will_do(study, tmp_path, config):
+    manifest = only_test(study, tmp_path / "manifests" / "outside")
+    found, whole = (
+        zeroshot(
+            study.images,
+            one,
+            study.run,
+            study.texts.folder,
+            tmp_path / one.name,
+            config,
+            device="cpu",
+        )
+        for one in (manifest, study.manifest)
+    )
+    assert line_of(found, "Adaptor")["figures"] == line_of(whole, "Adaptor")["figures"]
+    majority = line_of(found, "majority class")
+    assert majority["figures"] == {}
+    assert majority["remark"].startswith("not computable: no training image here has a label")
+    assert "Adaptor minus majority class" not in [one["method"] for one in found.values["rows"]]
+    text = found.table.to_markdown()
+    assert "Training labels are known to" not in text
+    assert "whether it has seen patients of this test split is not known" in text
+
+
+def test_names_stand_for_themselves_whatever_their_order(study, results, tmp_path):
+    """As text `10` comes before `2`, and `Normal` is another class than `normal` was."""
+    names = {"effusion": "2", "normal": "10", "pneumonia": "Normal"}
+    rows = study.manifest.images
+    place = rows.column_names.index("label:class")
+    renamed = [names[kind] for kind in rows.column(place).to_pylist()]
+    manifest = write_manifest(
+        tmp_path / "manifests" / "renamed",
+        rows.set_column(place, "label:class", [renamed]).take(np.arange(rows.num_rows)[::-1]),
+        dataset="spreadsheet",
+        image_root=tmp_path,
+        synthetic=True,
+    )
+    turned = {names[kind]: tuple(SAID[kind]) for kind in ("pneumonia", "effusion", "normal")}
+    found = zeroshot(
+        study.images,
+        manifest,
+        study.run,
+        study.texts.folder,
+        tmp_path / "out",
+        QUICK.model_copy(update={"prompts": Prompts(classes=turned)}),
+        device="cpu",
+    )
+    assert found.values["classes"] == ["10", "2", "Normal"]
+    ours, theirs = (line_of(one, "Adaptor") for one in (found, results))
+    assert ours["figures"]["accuracy"] == theirs["figures"]["accuracy"]
+    for kind, row in theirs["confusion"].items():
+        renamed_row = {names[other]: count for other, count in row.items()}
+        assert ours["confusion"][names[kind]] == renamed_row
+        assert ours["class_auroc"][names[kind]] == theirs["class_auroc"][kind]
 
 
 def test_class_without_prompts_is_refused(study, tmp_path):
@@ -212,14 +250,6 @@ def test_second_read_of_test_is_refused(study, results):
     with pytest.raises(TrainingError, match="by 1 other request"):
         ask(study, results.folder, config, device="cpu")
     assert not ask(study, results.folder, device="cpu").is_new
-
-
-def test_text_encoder_of_other_weights_is_refused(study, tmp_path):
-    torch.manual_seed(5)
-    other = study.request.model_copy(update={"max_tokens": 12})
-    (located,) = locate_all([other])
-    with pytest.raises(StaleFeatureSetError, match="is not the one the Adaptor was trained on"):
-        text_spec(load_encoder(located), other, load_adaptor(study.run))
 
 
 def test_workspace_finds_the_text_encoder_of_the_run(study, results, tmp_path):
@@ -239,22 +269,23 @@ def test_workspace_finds_the_text_encoder_of_the_run(study, results, tmp_path):
         zeroshot_workspace(workspace, plain, device="cpu")
 
 
-@pytest.mark.parametrize("name", list_configs("prompts"))
-def test_shipped_prompts_fit(name, study):
-    found, prompts = find_prompts(name, open_manifest(study.root / "manifests" / "toy"))
-    assert found == name
-    assert prompts.classes or prompts.findings
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {},
-        {"classes": {"a": ["x"]}},
-        {"classes": {"a": ["x"], "b": []}},
-        {"classes": {"a": ["x"], "b": ["y"]}, "findings": {"c": {"present": ["x"], "absent": []}}},
-    ],
-)
-def test_prompts_that_cannot_tell_anything_are_refused(values):
-    with pytest.raises(ConfigError):
-        validate(Prompts, values)
+def test_adaptor_of_another_encoder_is_refused(study, tmp_path, write_set):
+    other = write_set(
+        tmp_path / "other",
+        image_spec(weights_sha256="f" * 64),
+        list(study.images.keys),
+        list(study.images.read_tokens(np.arange(study.images.num_rows))),
+    )
+    with pytest.raises(
+        StaleFeatureSetError, match="was trained on image features with fingerprint"
+    ):
+        zeroshot(
+            other,
+            study.manifest,
+            study.run,
+            study.texts.folder,
+            tmp_path / "out",
+            QUICK,
+            device="cpu",
+        )
+    assert not (tmp_path / "out").exists()

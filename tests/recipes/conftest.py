@@ -1,9 +1,12 @@
 """A small clone in which everything was trained once, as `make demo` leaves it."""
 
+import io
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -13,11 +16,12 @@ from conftest_extract import CONFIG, sample_rows, write_sample_manifest
 from safetensors.torch import save_file
 
 from featcache.adaptor.train import load_run_config, train
+from featcache.cli import main
 from featcache.datasets.sample import sample_folder
 from featcache.extract.command import extract
 
 SOURCE = Path(__file__).parents[2]
-COUNTS = {"train": 4, "validate": 2, "test": 3}  # of each class
+COUNTS = {"train": 2, "validate": 1, "test": 2}  # of each class
 TINY = ["epochs=1", "batch_size=6", "adaptor.dim=32", "adaptor.heads=4", "adaptor.feedforward=32"]
 
 
@@ -33,12 +37,13 @@ def balanced_rows() -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def trained_root(tmp_path_factory) -> Path:
-    """A workspace with the demo's encoders, 27 radiographs and a barely trained Adaptor."""
+def trained_root(tmp_path_factory, tiny) -> Path:
+    """A workspace with the demo's encoders, 15 radiographs and a barely trained Adaptor."""
     root = tmp_path_factory.mktemp("trained") / "featcache-data"
     rows = balanced_rows()
     workspace = write_sample_manifest(root, rows, image_root=sample_folder(), name="demo")
-    extract(workspace, CONFIG, backbones=["lite0-demo"], text_encoders=["minilm-demo"])
+    config = CONFIG.model_copy(update={"scheduler": tiny.scheduler})
+    extract(workspace, config, backbones=["lite0-demo"], text_encoders=["minilm-demo"])
     train(workspace, load_run_config(None, TINY))
     return root
 
@@ -59,20 +64,17 @@ def hub_with_vit_b(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_covidx(tmp_path_factory) -> Path:
+def small_covidx(covidx_tree, tmp_path_factory) -> Path:
     """The synthetic COVIDx tree with few of its lines."""
-    from featcache.synth.registry import synthesize
-
-    tree = tmp_path_factory.mktemp("covidx") / "tree"
-    synthesize("covidx", tree)
-    for name, step in (("train", 8), ("test", 5)):
+    tree = shutil.copytree(covidx_tree, tmp_path_factory.mktemp("small") / "tree")
+    for name, step in (("train", 15), ("test", 10)):
         (path,) = tree.rglob(f"{name}_COVIDx9A.txt")
         path.write_text("".join(path.read_text().splitlines(keepends=True)[::step]))
     return tree
 
 
 class Clone:
-    """A folder with the recipes and a workspace, and a shell in it."""
+    """A folder with the recipes and a workspace, and a shell in it; this process works there."""
 
     def __init__(self, folder: Path, environment: dict[str, str]):
         self.folder, self.environment = folder, environment
@@ -84,9 +86,17 @@ class Clone:
             line, shell=True, cwd=self.folder, env=self.environment, capture_output=True, text=True
         )
 
+    def call(self, line: str) -> subprocess.CompletedProcess:
+        """Run a line of `featcache` in this process, which has imported everything."""
+        program, *words = shlex.split(line)
+        assert program == "featcache"
+        with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as told:
+            code = main(words)
+        return subprocess.CompletedProcess(line, code, said.getvalue(), told.getvalue())
+
 
 @pytest.fixture
-def clone(tmp_path, trained_root, hub_with_vit_b, small_covidx) -> Clone:
+def clone(tmp_path, monkeypatch, trained_root, hub_with_vit_b, small_covidx) -> Clone:
     folder = tmp_path / "a b (1)"
     folder.mkdir()
     shutil.copytree(trained_root, folder / "featcache-data")
@@ -101,4 +111,6 @@ def clone(tmp_path, trained_root, hub_with_vit_b, small_covidx) -> Clone:
     }
     environment.pop("FEATCACHE_ROOT", None)
     environment.pop("HF_HUB_CACHE", None)
+    monkeypatch.delenv("FEATCACHE_ROOT", raising=False)
+    monkeypatch.chdir(folder)
     return Clone(folder, environment)

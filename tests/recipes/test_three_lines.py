@@ -55,7 +55,7 @@ def test_the_three_lines_in_every_other_order_twice(clone, order):
 def test_without_a_run_the_recipe_trains_nothing_of_the_users(clone):
     """Only the first step of the recipe: it must leave a trained workspace alone."""
     before = (clone.root / "workspace.json").read_bytes()
-    done = clone.type("featcache demo --unless-trained")
+    done = clone.call("featcache demo --unless-trained")
     assert done.returncode == 0
     assert "trained already" in done.stdout
     assert (clone.root / "workspace.json").read_bytes() == before
