@@ -24,13 +24,14 @@ from pydantic import Field
 
 from featcache.config import Config, replace_file
 from featcache.console import note
-from featcache.errors import ManifestError, nearest
+from featcache.errors import ManifestError
 from featcache.manifest.checks import conflict_sentence, distinct_rows, rows_text
+from featcache.manifest.columns import find_columns
 from featcache.manifest.funnel import Funnel
 from featcache.manifest.sheet import column_names, read_sheet
 from featcache.manifest.splits import split_by_subject
 from featcache.manifest.table import Manifest, write_manifest
-from featcache.manifest.tree import SYNTHETIC_NOTE, files_present, is_synthetic
+from featcache.manifest.tree import SYNTHETIC_NOTE, file_faults, file_sizes, is_synthetic
 
 DESCRIPTION = "CheXpert: radiographs with 14 labels, blank and uncertain kept as they are."
 LABELS = (
@@ -83,7 +84,8 @@ class Options(Config):
 def read(folder: Path, out: Path, *, options: Options) -> Manifest:
     """Write the manifest of CheXpert.
 
-    Listed files that are not there are dropped and named in `missing_files.txt` beside the tables.
+    Listed files that are not there, or empty, are dropped and named in `missing_files.txt` beside
+    the tables.
 
     Args:
         folder: Holds train.csv and valid.csv, and `train/` and `valid/` with the images.
@@ -99,9 +101,9 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
     completeness = _compare_with_published(rows)
     funnel.start("rows in the tables", rows.num_rows)
     images = _distinct(rows, funnel, folder)
-    present = files_present(folder, images["image_path"].to_pylist())
-    missing = images["key"].filter(pa.array(~present)).to_pylist()
-    images = funnel.keep(images, "images with a file", {"missing file": ~present})
+    sizes = file_sizes(folder, images["image_path"].to_pylist())
+    missing = images["key"].filter(pa.array(sizes <= 0)).to_pylist()
+    images = funnel.keep(images, "images with a file", file_faults(sizes))
     if not images.num_rows:
         raise ManifestError(
             f"none of the {len(missing):,} listed images is there",
@@ -132,7 +134,7 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
     )
     (out / MISSING_LIST).unlink(missing_ok=True)
     if missing:
-        note(f"chexpert: {len(missing):,} listed images are missing; named in {MISSING_LIST}")
+        note(f"chexpert: {len(missing):,} images are missing or empty; named in {MISSING_LIST}")
         names = "".join(f"{name}\n" for name in sorted(missing))
         replace_file(out / MISSING_LIST, names.encode())
     return manifest
@@ -203,21 +205,14 @@ def _cells(
     """The columns that are needed, as stripped text, and the row numbers.
 
     Raises:
-        ManifestError: One is missing.
+        ManifestError: One is missing, or two have one name.
     """
-    names = {name.strip().casefold(): name for name in column_names(path)}
     wanted = ["Path", *LABELS, *(["Frontal/Lateral", "AP/PA"] if has_views else [])]
-    missing = [name for name in wanted if name.casefold() not in names]
-    if missing:
-        listed = ", ".join(f"`{name}`" for name in missing)
-        raise ManifestError(
-            f"the table has no column {listed}; {nearest(missing[0], list(names.values()))}",
-            where=path,
-        )
-    sheet = read_sheet(path, [names[name.casefold()] for name in wanted])
+    names = find_columns(column_names(path), wanted, path)
+    sheet = read_sheet(path, list(names.values()))
     cells = {
-        name: pc.utf8_trim_whitespace(sheet.columns[names[name.casefold()]]).cast(pa.string())
-        for name in wanted
+        name: pc.utf8_trim_whitespace(sheet.columns[there]).cast(pa.string())
+        for name, there in names.items()
     }
     return cells, sheet.numbers
 

@@ -14,10 +14,13 @@ Source: lists and documentation of COVID-Net (Wang, Lin, Wong 2020), versions 5 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
+from jaxtyping import Int64
 from pydantic import Field
 
 from featcache.config import Config, replace_file
@@ -37,7 +40,13 @@ from featcache.datasets.covid.published import split_as_mgca
 from featcache.errors import ManifestError
 from featcache.manifest.splits import label_fraction, main_class
 from featcache.manifest.table import FunnelStep, Manifest, write_manifest
-from featcache.manifest.tree import SYNTHETIC_NOTE, files_present, is_synthetic
+from featcache.manifest.tree import (
+    MISSING_FILE,
+    SYNTHETIC_NOTE,
+    ZERO_BYTES,
+    file_sizes,
+    is_synthetic,
+)
 
 __all__ = [
     "CLASSES",
@@ -103,7 +112,7 @@ class Options(Config):
 def read(folder: Path, out: Path, *, options: Options) -> Manifest:
     """Read COVIDx into a manifest.
 
-    Listed files that are not there are dropped, counted by source and named in
+    Listed files that are not there, or empty, are dropped, counted and named in
     `missing_files.txt` beside the tables.
 
     Args:
@@ -129,30 +138,19 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
             dropped=_some({"identical line": num_lines - len(entries)}),
         ),
     ]
-    paths = _find_files(folder, entries)
-    missing = [entry for entry, path in zip(entries, paths, strict=True) if path is None]
-    entries = [entry for entry, path in zip(entries, paths, strict=True) if path is not None]
-    _report_missing(folder, version, missing, len(entries))
-    by_source = Counter(f"file missing, source {entry.source}" for entry in missing)
-    funnel.append(FunnelStep(name="images with a file", count=len(entries), dropped=by_source))
-    notes = _notes(folder, version, entries)
+    where = " and ".join(map(str, lists.values()))
+    is_whole = completeness.endswith("as published")
+    split_of, split_policy, split_notes = _choose_split(
+        lines, entries, version, options, is_whole=is_whole, where=where
+    )
+    entries, paths, missing = _drop_missing_files(folder, version, entries, funnel)
+    notes = [*_notes(folder, version, entries), *split_notes]
     if options.split == "mgca":
-        made = split_as_mgca(
-            lines,
-            version,
-            is_whole=completeness.endswith("as published"),
-            where=" and ".join(map(str, lists.values())),
-        )
-        splits, split_policy = [made.split_of[entry.key] for entry in entries], made.policy
-        notes.append(made.note)
         entries = [entry._replace(patient=entry.key) for entry in entries]
-    else:
-        splits, split_policy = _split(entries, "val" in lists, options)
-        notes += [] if "val" in lists else [NOTE_VALIDATE]
     try:
         manifest = write_manifest(
             out,
-            _images(entries, splits, [path for path in paths if path is not None]),
+            _images(entries, [split_of[entry.key] for entry in entries], paths),
             dataset="covidx",
             image_root=folder,
             funnel=funnel,
@@ -165,11 +163,10 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
             synthetic=is_synthetic(folder),
         )
     except ManifestError as error:
-        where = " and ".join(str(path) for path in lists.values())
         raise ManifestError(error.what, where=where, fix=error.fix) from None
     (out / MISSING_LIST).unlink(missing_ok=True)
     if missing:
-        names = "".join(f"{key}\n" for key in sorted(entry.key for entry in missing))
+        names = "".join(f"{key}\n" for key in sorted(missing))
         replace_file(out / MISSING_LIST, names.encode())
     return manifest
 
@@ -191,37 +188,58 @@ def _merge_lines(entries: Sequence[Entry], lists: Mapping[str, Path]) -> list[En
     return list(first.values())
 
 
-def _find_files(folder: Path, entries: Sequence[Entry]) -> list[str | None]:
-    """Path of each image below the folder; None when it is not there.
+def _drop_missing_files(
+    folder: Path, version: str, entries: Sequence[Entry], funnel: list[FunnelStep]
+) -> tuple[list[Entry], list[str], list[str]]:
+    """Images with a file and their paths, and the keys of the others; appends to the funnel.
+
+    Raises:
+        ManifestError: No file is there.
+    """
+    paths, sizes = _find_files(folder, entries)
+    is_kept = (sizes > 0).tolist()
+    missing = [entry for entry, size in zip(entries, sizes.tolist(), strict=True) if size < 0]
+    dropped = Counter(f"{MISSING_FILE}, source {entry.source}" for entry in missing)
+    dropped[ZERO_BYTES] = int((sizes == 0).sum())
+    count = sum(is_kept)
+    funnel.append(FunnelStep(name="images with a file", count=count, dropped=_some(dropped)))
+    if entries and not count:
+        raise ManifestError(
+            f"none of the {len(entries):,} listed files is there",
+            where=folder,
+            fix="the images belong into train/ and test/ of this folder",
+        )
+    _report_missing(version, missing)
+    return (
+        list(compress(entries, is_kept)),
+        list(compress(paths, is_kept)),
+        [entry.key for entry, there in zip(entries, is_kept, strict=True) if not there],
+    )
+
+
+def _find_files(
+    folder: Path, entries: Sequence[Entry]
+) -> tuple[list[str], Int64[np.ndarray, " N"]]:
+    """Path of each image below the folder, and its size in bytes; -1 when it is not there.
 
     Some copies spell `COVID(1).png` as `COVID-1.png`; both are looked for.
     """
     other_names = [_NUMBERED.sub(r"\1-\2\3", entry.key) for entry in entries]
-    listed = files_present(folder, [entry.key for entry in entries])
-    renamed = files_present(folder, other_names)
-    count = int((renamed & ~listed).sum())
+    listed = file_sizes(folder, [entry.key for entry in entries])
+    renamed = file_sizes(folder, other_names)
+    is_other = (listed <= 0) & (renamed > listed)
+    count = int(is_other.sum())
     if count:
         note(f"covidx: {count:,} files have the form NAME-1.png instead of NAME(1).png")
-    return [
-        entry.key if as_listed else other if as_renamed else None
-        for entry, other, as_listed, as_renamed in zip(
-            entries, other_names, listed, renamed, strict=True
-        )
+    paths = [
+        other if takes_other else entry.key
+        for entry, other, takes_other in zip(entries, other_names, is_other, strict=True)
     ]
+    return paths, np.where(is_other, renamed, listed)
 
 
-def _report_missing(folder: Path, version: str, missing: Sequence[Entry], left: int) -> None:
-    """Say that files are missing, and what is known about it.
-
-    Raises:
-        ManifestError: All of them are.
-    """
-    if missing and not left:
-        raise ManifestError(
-            f"none of the {len(missing):,} listed files is there",
-            where=folder,
-            fix="the images belong into train/ and test/ of this folder",
-        )
+def _report_missing(version: str, missing: Sequence[Entry]) -> None:
+    """Say that files are missing, and what is known about it."""
     if missing:
         note(f"covidx: {len(missing):,} listed files are missing; named in {MISSING_LIST}")
     if version in WITHDRAWN and any(entry.source == "stonybrook" for entry in missing):
@@ -235,6 +253,28 @@ def _report_missing(folder: Path, version: str, missing: Sequence[Entry], left: 
             + (", so it is these: CXR-3A is the list without them" if is_all else "")
             + ("" if is_all else " later; CXR-3A is the list without them")
         )
+
+
+def _choose_split(
+    lines: Sequence[Entry],
+    entries: Sequence[Entry],
+    version: str,
+    options: Options,
+    *,
+    is_whole: bool,
+    where: str,
+) -> tuple[dict[str, str], str, list[str]]:
+    """Split of each image by key, how it came about, and what tables must say of it.
+
+    Over all that is listed: a missing file must not move others to another split.
+    """
+    if options.split == "mgca":
+        made = split_as_mgca(lines, version, is_whole=is_whole, where=where)
+        return {entry.key: made.split_of[entry.key] for entry in entries}, made.policy, [made.note]
+    has_validate = any(entry.list_name == "val" for entry in lines)
+    splits, policy = _split(entries, has_validate, options)
+    split_of = {entry.key: split for entry, split in zip(entries, splits, strict=True)}
+    return split_of, policy, [] if has_validate else [NOTE_VALIDATE]
 
 
 def _split(entries: Sequence[Entry], has_validate: bool, options: Options) -> tuple[list[str], str]:

@@ -26,7 +26,6 @@ from featcache.datasets.mimic.pictures import (
     read_metadata,
     same_identity,
     with_file,
-    with_row_numbers,
     with_split,
 )
 from featcache.datasets.mimic.reports import ReportOptions
@@ -112,7 +111,7 @@ def _read_records(folder: Path, funnel: Funnel) -> tuple[pa.Table, dict[str, str
         )
     table = read_table(path, ["subject_id", "study_id", "dicom_id"])
     check_ids(table, path)
-    images = distinct_images(with_row_numbers(table), [], path, funnel, "record list")
+    images = distinct_images(table, [], path, funnel, "record list")
     studies = find_list(folder, "cxr-study-list")
     if studies is None:
         return images, {"study_list": "missing"}

@@ -3,6 +3,7 @@
     Data_Entry_2017_v2020.csv (or Data_Entry_2017.csv)      a row for each image
     train_val_list.txt, test_list.txt                       the official lists
     images/, or images_001/images/ to images_012/images/    00000001_000.png, ...
+    BBox_List_2017.csv                                      boxes of 880 images, read on request
 
 The header names two pairs of columns inside brackets, with a comma that is not quoted, and the file
 of 2017 has a comma too many at the end of each line: both are read by name. The patient is the
@@ -24,13 +25,15 @@ from pydantic import Field
 
 from featcache.config import Config, replace_file
 from featcache.console import note
-from featcache.errors import ManifestError, nearest
-from featcache.manifest.checks import conflict_sentence, distinct_rows, rows_text
+from featcache.datasets.chestxray14.boxes import Boxed, box_masks, read_boxes
+from featcache.errors import ManifestError
+from featcache.manifest.checks import MASK_COLUMN, conflict_sentence, distinct_rows, rows_text
+from featcache.manifest.columns import find_columns
 from featcache.manifest.funnel import Funnel
 from featcache.manifest.sheet import column_names, read_sheet
 from featcache.manifest.splits import split_by_subject
 from featcache.manifest.table import Manifest, write_manifest
-from featcache.manifest.tree import SYNTHETIC_NOTE, files_present, is_synthetic
+from featcache.manifest.tree import SYNTHETIC_NOTE, file_faults, file_sizes, is_synthetic
 
 DESCRIPTION = "NIH ChestX-ray14: radiographs with 14 text-mined labels and the official lists."
 LABELS = (
@@ -81,12 +84,17 @@ class Options(Config):
         description="Share of the patients of train_val_list.txt that go to validation.",
     )
     seed: int = Field(default=0, description="Seed of the split by patient.")
+    boxes: Boxed | None = Field(
+        default=None,
+        description="A finding whose boxes become masks; images without one are not annotated.",
+    )
 
 
 def read(folder: Path, out: Path, *, options: Options) -> Manifest:
     """Write the manifest of ChestX-ray14.
 
-    Listed files that are not there are dropped and named in `missing_files.txt` beside the tables.
+    Listed files that are not there, or empty, are dropped and named in `missing_files.txt` beside
+    the tables.
 
     Args:
         folder: Holds the table, the lists and the folders of images.
@@ -110,9 +118,12 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
     funnel.step("images", len(kept), {"identical row": rows.num_rows - len(kept)})
     images, missing = _with_files(folder, images, funnel)
     images, policy, has_lists = _with_split(folder, images, funnel, options)
+    policies = {"boxes": "not read"}
+    if options.boxes is not None:
+        images, policies["boxes"] = _with_boxes(folder, rows, images, options.boxes)
     synthetic = is_synthetic(folder)
-    notes = [SYNTHETIC_NOTE] if synthetic else [NOTE_TERMS]
-    notes += [NOTE_LABELS, NOTE_OVERLAP, *([] if has_lists else [NOTE_SPLIT])]
+    notes = [SYNTHETIC_NOTE] if synthetic else [NOTE_TERMS, NOTE_LABELS, NOTE_OVERLAP]
+    notes += [] if has_lists else [NOTE_SPLIT]
     manifest = write_manifest(
         out,
         images,
@@ -121,6 +132,7 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
         funnel=funnel.steps,
         notes=notes,
         policies={
+            **policies,
             "table": completeness,
             "split": policy,
             "label_values": "1 named, 0 not named; there are no blanks and no doubts",
@@ -129,7 +141,7 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
     )
     (out / MISSING_LIST).unlink(missing_ok=True)
     if missing:
-        note(f"nih: {len(missing):,} listed images are missing; named in {MISSING_LIST}")
+        note(f"nih: {len(missing):,} listed images are missing or empty; named in {MISSING_LIST}")
         names = "".join(f"{name}\n" for name in sorted(missing))
         replace_file(out / MISSING_LIST, names.encode())
     return manifest
@@ -154,17 +166,11 @@ def _read_table(folder: Path) -> pa.Table:
         ManifestError: It lacks a column, or holds what it should not.
     """
     path = _find_table(folder)
-    names = {name.strip().casefold(): name for name in column_names(path)}
     wanted = ("Image Index", "Finding Labels", "Patient ID", "View Position")
-    lacking = [name for name in wanted if name.casefold() not in names]
-    if lacking:
-        listed = ", ".join(f"`{name}`" for name in lacking)
-        hint = nearest(lacking[0], list(names.values()))
-        raise ManifestError(f"the table has no column {listed}; {hint}", where=path)
-    sheet = read_sheet(path, [names[name.casefold()] for name in wanted])
+    names = find_columns(column_names(path), wanted, path)
+    sheet = read_sheet(path, list(names.values()))
     cells = [
-        pc.utf8_trim_whitespace(sheet.columns[names[name.casefold()]]).cast(pa.string())
-        for name in wanted
+        pc.utf8_trim_whitespace(sheet.columns[there]).cast(pa.string()) for there in names.values()
     ]
     index, labels, patient, view = cells
     said = [[part.strip() for part in cell.split("|")] for cell in labels.to_pylist()]
@@ -222,7 +228,7 @@ def _compare_with_published(rows: pa.Table) -> str:
 
 
 def _with_files(folder: Path, images: pa.Table, funnel: Funnel) -> tuple[pa.Table, list[str]]:
-    """Add `image_path`; drop and return what is missing.
+    """Add `image_path`; drop and return what is missing or empty.
 
     Raises:
         ManifestError: None is there.
@@ -230,21 +236,34 @@ def _with_files(folder: Path, images: pa.Table, funnel: Funnel) -> tuple[pa.Tabl
     names = images["key"].to_pylist()
     numbered = sorted(f"{one.name}/images" for one in folder.glob("images_*"))
     paths: list[str | None] = [None] * len(names)
+    sizes = np.full(len(names), -1, dtype=np.int64)
     for place in ("images", *numbered, "."):
         prefix = "" if place == "." else f"{place}/"
-        present = files_present(folder, [prefix + name for name in names])
-        for number in np.flatnonzero(present).tolist():
-            paths[number] = paths[number] or prefix + names[number]
+        found = file_sizes(folder, [prefix + name for name in names])
+        for number in np.flatnonzero((sizes <= 0) & (found > sizes)).tolist():
+            paths[number], sizes[number] = prefix + names[number], found[number]
     images = images.append_column("image_path", pa.array(paths, pa.string()))
-    is_missing = np.array([path is None for path in paths])
-    kept = funnel.keep(images, "images with a file", {"missing file": is_missing})
+    kept = funnel.keep(images, "images with a file", file_faults(sizes))
     if not kept.num_rows:
         raise ManifestError(
             f"none of the {len(names):,} listed images is there",
             where=folder,
             fix="the images belong into images/, or images_001/images/ to images_012/images/",
         )
-    return kept, [name for name, gone in zip(names, is_missing, strict=True) if gone]
+    return kept, [name for name, size in zip(names, sizes.tolist(), strict=True) if size <= 0]
+
+
+def _with_boxes(
+    folder: Path, rows: pa.Table, images: pa.Table, finding: Boxed
+) -> tuple[pa.Table, str]:
+    """Add `mask`, the boxes of one finding; null for an image without one."""
+    said = zip(rows["key"].to_pylist(), rows[f"label:{finding}"].to_pylist(), strict=True)
+    names = images["key"].to_pylist()
+    paths = dict(zip(names, images["image_path"].to_pylist(), strict=True))
+    labelled = {name: bool(value) for name, value in said}
+    masks, policy = box_masks(folder, read_boxes(folder), finding, labelled, paths)
+    column = pa.array([masks.get(name) for name in names], pa.string())
+    return images.append_column(MASK_COLUMN, column), policy
 
 
 def _read_list(path: Path) -> set[str]:

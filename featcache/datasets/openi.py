@@ -41,7 +41,7 @@ from featcache.manifest.funnel import Funnel
 from featcache.manifest.headers import Header, read_headers
 from featcache.manifest.splits import split_by_subject
 from featcache.manifest.table import Manifest, write_manifest
-from featcache.manifest.tree import SYNTHETIC_NOTE, is_synthetic
+from featcache.manifest.tree import SYNTHETIC_NOTE, file_faults, is_synthetic
 from featcache.manifest.units import TextOptions
 
 DESCRIPTION = "Open-I (Indiana University): radiographs with reports, as XML or as the CSV re-pack."
@@ -102,8 +102,8 @@ class Options(TextOptions):
 def read(folder: Path, out: Path, *, options: Options) -> Manifest:
     """Write the manifest of Open-I.
 
-    Images without a usable text are left out. Images that a report names but that are not there
-    are named in `missing_files.txt` beside the tables, report files that cannot be read in
+    Images without a usable text are left out. Images that a report names but that are not there, or
+    empty, are named in `missing_files.txt` beside the tables, report files that cannot be read in
     `unread_reports.txt`.
 
     Args:
@@ -160,7 +160,7 @@ def _image_files(root: Path) -> dict[str, str]:
 
 
 def _with_files(source: Source, root: Path, funnel: Funnel) -> tuple[pa.Table, list[str]]:
-    """The images of all reports that are there, and the names of those that are not.
+    """The images of all reports that are there, and the names of those that are not, or empty.
 
     Raises:
         ManifestError: None is there.
@@ -176,8 +176,8 @@ def _with_files(source: Source, root: Path, funnel: Funnel) -> tuple[pa.Table, l
         }
     )
     funnel.start("images that the reports name", len(names))
-    is_missing = images["image_path"].is_null().to_numpy()
-    images = funnel.keep(images, "images with a file", {"missing file": is_missing})
+    sizes = np.array([_size_of(root, files.get(name)) for name in names], dtype=np.int64)
+    images = funnel.keep(images, "images with a file", file_faults(sizes))
     if not images.num_rows:
         raise ManifestError(
             f"0 of {len(names):,} images have a file",
@@ -187,7 +187,15 @@ def _with_files(source: Source, root: Path, funnel: Funnel) -> tuple[pa.Table, l
     extra = len(files.keys() - set(names))
     if extra:
         note(f"openi: {extra:,} image files belong to no report")
-    return images, [name for name in names if name not in files]
+    return images, [name for name, size in zip(names, sizes.tolist(), strict=True) if size <= 0]
+
+
+def _size_of(root: Path, path: str | None) -> int:
+    """Bytes of a file; -1 where there is none."""
+    try:
+        return -1 if path is None else (root / path).stat().st_size
+    except OSError:  # a link to nowhere
+        return -1
 
 
 def _choose_views(
@@ -257,8 +265,11 @@ def _with_texts(
     images = funnel.keep(images, "images with a text", faults)
     number = images["report"].to_pylist()
     used = sorted(set(number))
-    groups = group_texts([reports[one].group for one in used], [texts[one].text for one in used])
-    splits = split_by_subject(groups, fractions=options.fractions, seed=options.seed)
+    # Over all reports: a missing image must not move others to another split.
+    groups = group_texts([one.group for one in reports], [text.text for text in texts])
+    splits = split_by_subject(
+        [groups[one] for one in used], fractions=options.fractions, seed=options.seed
+    )
     split = dict(zip(used, splits, strict=True))
     shares = "/".join(f"{share:g}" for share in options.fractions)
     policies["split"] = f"by report and text, {shares} of the texts, seed {options.seed}"
@@ -304,7 +315,7 @@ def group_texts(written: Sequence[str], cleaned: Sequence[str]) -> list[str]:
 
     first: dict[str, str] = {}
     for name, text in zip(written, cleaned, strict=True):
-        one, other = sorted((root(name), root(first.setdefault(letters_of(text), name))))
+        one, other = sorted((root(name), root(first.setdefault(letters_of(text) or name, name))))
         parent[other] = one  # the smaller name leads, whatever the order of reports
     return [root(name) for name in written]
 

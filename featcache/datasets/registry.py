@@ -6,8 +6,9 @@ from pathlib import Path
 from types import ModuleType
 
 from featcache.config import load_config, read_json
-from featcache.errors import UsageError, nearest
+from featcache.errors import CacheError, UsageError, nearest
 from featcache.manifest.audit import CheckedManifest, audit, write_findings
+from featcache.manifest.decoded import Decoded
 from featcache.manifest.table import Manifest
 from featcache.manifest.units import TextOptions
 from featcache.workspace import Workspace
@@ -78,20 +79,34 @@ def make_manifest(
 
 
 def check_manifest(
-    workspace: Workspace, manifest: Manifest, *, show_ids: bool = False
+    workspace: Workspace,
+    manifest: Manifest,
+    *,
+    decoded: Decoded | None = None,
+    show_ids: bool = False,
 ) -> CheckedManifest:
     """Make the checks that do not stop a manifest, and keep what they found in `checks.json`.
 
     Args:
         workspace: Its other data sets are looked through for the same images.
         manifest: Of this workspace.
+        decoded: Its pictures after a full decode (`encoders.look`), for the checks that need one.
         show_ids: Whether the result names a few keys or paths for each check.
     """
     others = {
         path.parent.name: path.parent
         for path in sorted(workspace.manifests.glob("*/manifest.json"))
-        if read_json(path).get("dataset") != manifest.meta.dataset
+        if _dataset_of(path) != manifest.meta.dataset
     }
-    checked = CheckedManifest(manifest, audit(manifest, others), show_ids)
+    checked = CheckedManifest(manifest, audit(manifest, others, decoded), show_ids)
     write_findings(checked)
     return checked
+
+
+def _dataset_of(path: Path) -> str | None:
+    """Which reader made a manifest; None for a damaged one, which a check names later."""
+    try:
+        values = read_json(path)
+    except CacheError:
+        return None
+    return str(values.get("dataset")) if isinstance(values, dict) else None

@@ -39,7 +39,7 @@ from featcache.manifest.checks import rows_text
 from featcache.manifest.funnel import Funnel
 from featcache.manifest.masks import encode_boxes
 from featcache.manifest.table import Manifest, write_manifest
-from featcache.manifest.tree import SYNTHETIC_NOTE, files_present, is_synthetic
+from featcache.manifest.tree import MISSING_FILE, SYNTHETIC_NOTE, files_present, is_synthetic
 
 DESCRIPTION = "RSNA 2018: pneumonia and three classes with boxes around opacities, in DICOM."
 
@@ -242,7 +242,7 @@ def _find_images(
     start = "rows of labels" + (" and images without" if unlabelled else "")
     funnel.start(start, num_rows + len(extra))
     funnel.step("images", total, {"further box of an image": num_rows - len(labelled)})
-    funnel.step("images with a file", total - missing, {"file missing": missing})
+    funnel.step("images with a file", total - missing, {MISSING_FILE: missing})
     return [*rows, *extra], funnel
 
 

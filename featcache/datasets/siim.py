@@ -35,7 +35,7 @@ from featcache.manifest.funnel import Funnel
 from featcache.manifest.masks import encode_runs
 from featcache.manifest.splits import list_hash
 from featcache.manifest.table import Manifest, write_manifest
-from featcache.manifest.tree import SYNTHETIC_NOTE, is_synthetic
+from featcache.manifest.tree import MISSING_FILE, SYNTHETIC_NOTE, is_synthetic
 
 DESCRIPTION = "SIIM-ACR 2019: pneumothorax or not, with masks, in DICOM."
 
@@ -47,9 +47,9 @@ PUBLISHED = {
 }
 STAGE_1_IDS = "03dd5131a6f9ca79"  # `list_hash` of the 10,675 ids of stage 1
 NOTE_UNKNOWN = (
-    "Patient ids of SIIM name images: how many patients are in more than one split is unknown, "
-    "and images shared with RSNA, NIH ChestX-ray14 and COVIDx have to be assumed."
+    "Patient ids of SIIM name images: how many patients are in more than one split is unknown."
 )
+NOTE_SHARED = "Images shared with RSNA, NIH ChestX-ray14 and COVIDx have to be assumed."
 
 
 class Options(Config):
@@ -117,7 +117,7 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
     funnel.step("images", len(images), {"further row of an image": num_rows - len(images)})
     paths = _find_files(folder, images)
     missing = len(images) - len(paths)
-    funnel.step("images with a file", len(paths), {"file missing": missing})
+    funnel.step("images with a file", len(paths), {MISSING_FILE: missing})
     rows = _read_images(folder, path, images, paths, funnel)
     split_of = [splits[row.key] for row in rows]
     report_masks("siim", split_of, [row.mask != "" for row in rows], "a pneumothorax")
@@ -127,7 +127,7 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
         dataset="siim",
         image_root=folder,
         funnel=funnel.steps,
-        notes=[*([SYNTHETIC_NOTE] if is_synthetic(folder) else []), NOTE_UNKNOWN, *notes],
+        notes=[SYNTHETIC_NOTE if is_synthetic(folder) else NOTE_SHARED, NOTE_UNKNOWN, *notes],
         policies={
             "images": list_policy,
             "masks": "union of an image's rows",

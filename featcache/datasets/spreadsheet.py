@@ -27,7 +27,8 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from featcache.console import note
-from featcache.errors import ManifestError, UsageError, nearest
+from featcache.datasets.table.columns import resolve_columns
+from featcache.errors import ManifestError, UsageError
 from featcache.manifest.checks import (
     LABEL_PREFIX,
     MASK_COLUMN,
@@ -39,25 +40,21 @@ from featcache.manifest.checks import (
     rows_text,
     take_rows,
 )
+from featcache.manifest.packed import PackedTexts
 from featcache.manifest.sheet import Sheet, column_names, read_sheet
 from featcache.manifest.splits import SPLIT_NAMES, split_by_subject
 from featcache.manifest.table import FunnelStep, Manifest, text_ids, write_manifest
-from featcache.manifest.tree import SYNTHETIC_NOTE, files_present, is_synthetic
+from featcache.manifest.tree import (
+    SYNTHETIC_NOTE,
+    file_faults,
+    file_sizes,
+    files_present,
+    is_synthetic,
+)
 from featcache.manifest.units import TextOptions
 
 DESCRIPTION = "Your own table: CSV, TSV or Parquet with a row for each image (and text)."
 
-FIELDS = (
-    "image_path",
-    "key",
-    "subject_id",
-    "study_id",
-    "view_position",
-    "split",
-    "source",
-    "mask_path",
-    "text",
-)
 SPLIT_SPELLINGS = {"val": "validate", "valid": "validate", "validation": "validate"}
 # What programs write for a missing value. `none` can be a class, so labels keep it.
 BLANK_WORDS = ("nan", "<na>", "null")
@@ -96,12 +93,14 @@ class _Rows:
 
     Attributes:
         images: Image columns and `row`.
-        texts: `text` and `text_id` of each row, null where it has none; None when the table has no
-            column of texts.
+        texts: `text_id` of each row, null where it has no text, and its `place` in `packed`; None
+            when the table has no column of texts.
+        packed: The texts.
     """
 
     images: pa.Table
     texts: pa.Table | None
+    packed: PackedTexts
 
 
 def read(folder: Path, out: Path, *, options: Options) -> Manifest:
@@ -124,7 +123,7 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
         raise UsageError("a table is needed, this is a folder", where=folder, fix="name the file")
     root = folder.parent if options.image_root is None else options.image_root
     names = column_names(folder, encoding=options.encoding)
-    fields, labels = resolve_columns(names, options, folder)
+    fields, labels = resolve_columns(names, options.columns, options.labels, folder)
     sheet = read_sheet(
         folder,
         sorted({*fields.values(), *labels.values()}),
@@ -135,7 +134,7 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
     del sheet  # a million reports are half a gigabyte
     rows, funnel = _drop_blank_ids(rows)
     images = _merge_images(rows, funnel, folder)
-    rows = _Rows(rows.images.select(["key"]), rows.texts)
+    rows = _Rows(rows.images.select(["key"]), rows.texts, rows.packed)
     images = _drop_missing_files(images, funnel, root)
     _tell_missing_masks(images, root)
     images = _with_labels(images, policies, folder)
@@ -164,81 +163,12 @@ def read(folder: Path, out: Path, *, options: Options) -> Manifest:
         raise ManifestError(error.what, where=folder, fix=fix) from None
 
 
-def resolve_columns(
-    names: Sequence[str], options: Options, where: Path
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Find the columns that mean something.
-
-    Args:
-        names: The table's columns.
-        options: `columns` and `labels`.
-        where: The table, for messages.
-
-    Returns:
-        The table's column for each of our fields that it has, and for each label.
-
-    Raises:
-        ManifestError: A column that is needed or asked for is missing, or two fit one meaning.
-    """
-    seen, problems = _index_names(names)
-    problems += [
-        f"`columns.{field}`: unknown field; {nearest(field, FIELDS)}"
-        for field in options.columns
-        if field not in FIELDS
-    ]
-
-    def find(wanted: str) -> str:
-        if _plain(wanted) not in seen:
-            problems.append(f"the column `{wanted}` is missing; {nearest(wanted, list(names))}")
-        return seen.get(_plain(wanted), "")
-
-    fields = {field: seen[field] for field in FIELDS if field in seen}
-    if "report" in seen and "text" not in options.columns:
-        if "text" in fields:
-            problems.append("both `report` and `text` are there; choose: --set columns.text=report")
-        fields["text"] = seen["report"]
-    fields |= {field: find(name) for field, name in options.columns.items()}
-    if "image_path" not in fields:
-        find("image_path")
-    labels = {
-        _label_name(name): name for plain, name in seen.items() if plain.startswith(LABEL_PREFIX)
-    }
-    labels |= {_label_name(label): find(label) for label in options.labels}
-    if problems:
-        raise ManifestError(
-            "\n  ".join(problems),
-            where=where,
-            fix="rename the column, or say which one it is: --set columns.image_path=NAME",
-        )
-    return fields, labels
-
-
-def _index_names(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The table's columns by the spelling in which they are compared, and those that clash."""
-    seen: dict[str, str] = {}
-    problems: list[str] = []
-    for name in filter(str.strip, names):
-        other = seen.setdefault(_plain(name), name)
-        if other != name:
-            problems.append(f"the columns `{other}` and `{name}` differ only in case or blanks")
-    return seen, problems
-
-
-def _label_name(column: str) -> str:
-    """A label's name: its column without `label:`."""
-    name = column.strip()
-    return name[len(LABEL_PREFIX) :].strip() if _plain(name).startswith(LABEL_PREFIX) else name
-
-
-def _plain(name: str) -> str:
-    """A column's name as it is compared."""
-    return name.strip().casefold()
-
-
 def _text_or_null(column: pa.ChunkedArray, words: Sequence[str]) -> pa.ChunkedArray:
     """Trimmed text; null where it is blank, or one of the words that stand for a missing value."""
     trimmed = pc.utf8_trim_whitespace(column)
-    nothing = pc.is_in(pc.utf8_lower(trimmed), pa.array(words, trimmed.type))
+    is_short = pc.less_equal(pc.binary_length(trimmed), max(map(len, words)))
+    word = pc.utf8_lower(pc.if_else(is_short, trimmed, pa.scalar("", trimmed.type)))
+    nothing = pc.is_in(word, pa.array(words, trimmed.type))
     return pc.if_else(pc.or_(nothing, is_blank(trimmed)), pa.scalar(None, trimmed.type), trimmed)
 
 
@@ -289,48 +219,60 @@ def _clean(
     columns["source"] = pc.fill_null(source, "spreadsheet")
     for field in ("study_id", "view_position", "split"):
         columns.setdefault(field, nothing)
-    columns["split"] = _spelled_splits(columns["split"], sheet)
+    columns["split"] = _spelled_splits(columns["split"], sheet, fields.get("split", "split"))
     for label, name in labels.items():
         columns[LABEL_PREFIX + label] = _text_or_null(sheet.columns[name], BLANK_WORDS)
     columns[ROW_COLUMN] = pa.chunked_array([pa.array(sheet.numbers)])
-    texts = None
+    texts, packed = None, PackedTexts()
     if "text" in fields:
         policies["text"] = "line ends as \\n, white space around the text removed"
-        text = _clean_text(sheet.columns.pop(fields["text"]).chunks)
-        texts = pa.table({"text": text, "text_id": text_ids(text)})
-    return _Rows(pa.table(columns), texts), policies
+        ids = _pack_texts(sheet.columns.pop(fields["text"]).chunks, packed)
+        texts = pa.table({"text_id": ids, "place": pa.array(np.arange(len(ids), dtype=np.int64))})
+    return _Rows(pa.table(columns), texts, packed), policies
 
 
-def _clean_text(chunks: list[pa.Array]) -> pa.ChunkedArray:
-    """Texts without white space around them, null where there is none.
+def _pack_texts(chunks: list[pa.Array], packed: PackedTexts) -> pa.ChunkedArray:
+    """Take white space off texts, and put them away.
 
     Args:
         chunks: Emptied on the way, so that reports are not held twice.
+        packed: Gets them.
+
+    Returns:
+        The `text_id` of each, null where there is no text.
     """
-    cleaned = []
+    ids = []
     while chunks:
         text = pc.replace_substring(pa.chunked_array([chunks.pop(0)]), "\r\n", "\n")
-        cleaned += _text_or_null(text, (*BLANK_WORDS, "none")).chunks
-    # One piece: arrow would glue the pieces together again each time rows are taken from them.
-    return pa.chunked_array([pa.concat_arrays(cleaned)], pa.large_string())
+        text = _text_or_null(text, (*BLANK_WORDS, "none"))
+        for chunk in text.chunks:
+            packed.append(chunk)
+        ids += text_ids(text).chunks
+    return pa.chunked_array(ids, pa.string())
 
 
-def _spelled_splits(column: pa.ChunkedArray, sheet: Sheet) -> pa.ChunkedArray:
+def _spelled_splits(column: pa.ChunkedArray, sheet: Sheet, name: str) -> pa.ChunkedArray:
     """Splits by their one name.
 
+    Args:
+        column: Trimmed cells, null where blank.
+        sheet: The table that they are from.
+        name: What the table calls the column.
+
     Raises:
-        ManifestError: A value is none of the known spellings.
+        ManifestError: A value is none of the known spellings. It is not quoted: a column that was
+            taken for the split may hold anything.
     """
     lower = pc.utf8_lower(column)
     spelled = {**{name: name for name in SPLIT_NAMES}, **SPLIT_SPELLINGS}
     index = pc.index_in(lower, pa.array(list(spelled), lower.type))
     unknown = pc.and_(pc.is_null(index), pc.is_valid(column)).to_numpy()
     if unknown.any():
-        first = str(column.filter(pa.chunked_array([unknown]))[0].as_py())
         raise ManifestError(
-            f"`split` has an unknown value in {unknown.sum():,} rows, first `{first}`; "
-            f"{nearest(first.lower(), tuple(spelled))}",
-            where=f"{sheet.path}, {rows_text(sheet.numbers[unknown])}",
+            f"the column `{name}` is none of {', '.join(spelled)} or blank: "
+            f"{rows_text(sheet.numbers[unknown])}",
+            where=sheet.path,
+            fix="correct these cells; without a column of splits patients are split whole",
         )
     return pa.chunked_array([pa.array(list(spelled.values()))]).take(index)
 
@@ -354,9 +296,8 @@ def _drop_blank_ids(rows: _Rows) -> tuple[_Rows, list[FunnelStep]]:
     if dropped:
         count = int(left.sum())
         steps.append(FunnelStep(name="rows with their ids", count=count, dropped=dropped))
-        rows = _Rows(
-            rows.images.filter(left), None if rows.texts is None else rows.texts.filter(left)
-        )
+        texts = None if rows.texts is None else rows.texts.filter(left)
+        rows = _Rows(rows.images.filter(left), texts, rows.packed)
     return rows, steps
 
 
@@ -390,22 +331,23 @@ def _merge_images(rows: _Rows, funnel: list[FunnelStep], where: Path) -> pa.Tabl
 
 
 def _drop_missing_files(images: pa.Table, funnel: list[FunnelStep], root: Path) -> pa.Table:
-    """Images whose file is there; appends to the funnel.
+    """Images whose file is there and not empty; appends to the funnel.
 
     Raises:
         ManifestError: None is there.
     """
-    present = files_present(root, images["image_path"].to_pylist())
-    count = int(present.sum())
-    if count == 0 and len(present):
+    sizes = file_sizes(root, images["image_path"].to_pylist())
+    count = int((sizes > 0).sum())
+    if count == 0 and len(sizes):
         raise ManifestError(
-            f"none of the {len(present):,} image files is there",
+            f"none of the {len(sizes):,} image files is there",
             where=root,
             fix="name the folder that the paths start from: --set image_root=FOLDER",
         )
-    dropped = {"file missing": len(present) - count} if count < len(present) else {}
+    faults = {reason: int(fault.sum()) for reason, fault in file_faults(sizes).items()}
+    dropped = {reason: number for reason, number in faults.items() if number}
     funnel.append(FunnelStep(name="images with a file", count=count, dropped=dropped))
-    return images.filter(present)
+    return images.filter(sizes > 0)
 
 
 def _tell_missing_masks(images: pa.Table, root: Path) -> None:
@@ -474,8 +416,9 @@ def _join_texts(rows: _Rows, images: pa.Table, funnel: list[FunnelStep]) -> pa.T
     wanted = pc.and_(pc.is_in(table["key"], images["key"]), pc.is_valid(table["text_id"]))
     positions = np.flatnonzero(wanted.to_numpy())
     kept, _ = distinct_rows(table.take(positions), ["key", "text_id"], same=[])
-    texts = take_rows(rows.texts, positions[kept])
-    texts = texts.append_column("key", take_rows(table, positions[kept])["key"])
+    kept = positions[kept]
+    places = rows.texts["place"].to_numpy()[kept]
+    texts = take_rows(table, kept).append_column("text", rows.packed.take(places))
     count = int(pc.count_distinct(texts["key"]).as_py())
     silent = images.num_rows - count
     dropped = {"no report (kept without text)": silent} if silent else {}

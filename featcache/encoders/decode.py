@@ -109,14 +109,30 @@ def decode_images(
     Raises:
         ImageError: The file cannot be decoded; the message is a reason without the path.
     """
+    return decode_with_size(path, preprocessings)[0]
+
+
+def decode_with_size(
+    path: Path, preprocessings: Sequence[Preprocessing]
+) -> tuple[list[UInt8[np.ndarray, "H W"]], tuple[int, int]]:
+    """What `decode_images` gives, and the height and width of the picture as it is stored.
+
+    Args:
+        path: The picture.
+        preprocessings: At least one.
+
+    Raises:
+        ImageError: The file cannot be decoded; the message is a reason without the path.
+    """
     content = _read(path)
     decoded: dict[tuple[int, int], Image.Image] = {}
     canvases: dict[tuple[object, ...], UInt8[np.ndarray, "H W"]] = {}
-    greys = []
+    greys, stored = [], (0, 0)
     try:
         dicom = _open_dicom(content) if is_dicom(content) else None
         for preprocessing in preprocessings:
             image = dicom or _open(content)
+            stored = image.size  # before the JPEG decoder is told to shrink it
             placement = place(_upright_size(image), preprocessing)
             _draft(image, placement)
             if image.size not in decoded:
@@ -136,7 +152,7 @@ def decode_images(
         stops = "truncated" in str(error) or isinstance(error, EOFError)
         what = "the file is truncated" if stops else "the file is damaged"
         raise ImageError(f"{what}, it cannot be decoded") from None
-    return greys
+    return greys, stored[::-1]
 
 
 def read_picture(path: Path) -> bytes:

@@ -86,8 +86,8 @@ def split_weights(typed: Sequence[str]) -> dict[str, Path]:
     return named
 
 
-def run_request(workspace: Workspace, run: str, modality: Modality) -> EncoderRequest:
-    """The encoder that a run was trained on.
+def run_features(workspace: Workspace, run: str, modality: Modality) -> Path:
+    """Folder of the feature set that a run was trained on, with the request that made it.
 
     Args:
         workspace: Where a run's name is looked up.
@@ -108,7 +108,12 @@ def run_request(workspace: Workspace, run: str, modality: Modality) -> EncoderRe
             where=made,
             fix=f"featcache extract makes it again from `{name}`, or name another --run",
         )
-    return read_request(made)
+    return made
+
+
+def run_request(workspace: Workspace, run: str, modality: Modality) -> EncoderRequest:
+    """The encoder that a run was trained on; see `run_features`."""
+    return read_request(run_features(workspace, run, modality))
 
 
 def choose_request(

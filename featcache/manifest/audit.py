@@ -7,85 +7,55 @@ are those of `docs/datasets.md`. Sentences name no identifier; examples are kept
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xxhash
 from jaxtyping import Int64
-from pydantic import Field
 
-from featcache.config import Config, to_plain, write_json
+from featcache.config import to_plain, write_json
 from featcache.manifest.checks import LABEL_PREFIX, MASK_COLUMN, patients_in_two_splits
+from featcache.manifest.conformity import conformity_findings
+from featcache.manifest.decoded import Decoded
 from featcache.manifest.files import EMPTY, IMAGE_SUFFIXES, MISSING, NO_PICTURE, glance_at
+from featcache.manifest.finding import Finding, finding
+from featcache.manifest.pictures import decode_findings, overlap_findings, size_findings
 from featcache.manifest.table import Manifest
 
 FILE_NAME = "checks.json"
-NUM_EXAMPLES = 5
 _PIECE_ROWS = 20_000
 _MAX_CLASSES = 24
+_LOWER = bytes(range(256)).lower()
+_NO_LETTER = bytes(one for one in range(128) if not chr(one).isalpha())
 _FRONTAL = re.compile(r"(AP|PA|FRONTAL)\b(?!.*(AXIAL|LLD|RLD|LAT))", re.IGNORECASE)
 
 
-class Finding(Config):
-    """What one check found.
-
-    Attributes:
-        check: Its number in `docs/datasets.md`.
-        level: `info`, or `warning` for what may spoil a result.
-        count: The number that it is about.
-        text: A sentence with the number, without identifiers.
-        examples: A few keys or paths that it is about.
-    """
-
-    check: int = Field(description="Number of the check in docs/datasets.md.")
-    level: Literal["info", "warning"] = Field(description="`warning` may spoil a result.")
-    count: int = Field(description="The number that it is about.")
-    text: str = Field(description="A sentence with the number, without identifiers.")
-    examples: list[str] = Field(default_factory=list, description="A few keys or paths.")
-
-    def to_text(self, *, show_ids: bool = False) -> str:
-        """One line for a person.
-
-        Args:
-            show_ids: Whether to name the examples.
-        """
-        mark = "!" if self.level == "warning" else " "
-        shown = f" ({', '.join(self.examples)})" if show_ids and self.examples else ""
-        return f"{mark} check {self.check:>2}: {self.text}{shown}"
-
-
-def _finding(
-    check: int, count: int, text: str, examples: Iterable[str] = (), *, warn: bool = True
-) -> Finding:
-    """A finding; a warning when its count is not 0, unless it is information."""
-    level: Literal["info", "warning"] = "warning" if warn and count else "info"
-    return Finding(
-        check=check, level=level, count=count, text=text, examples=sorted(examples)[:NUM_EXAMPLES]
-    )
-
-
-def audit(manifest: Manifest, others: Mapping[str, Path] | None = None) -> list[Finding]:
+def audit(
+    manifest: Manifest, others: Mapping[str, Path] | None = None, decoded: Decoded | None = None
+) -> list[Finding]:
     """Make all checks.
 
     Args:
         manifest: As a reader wrote it.
         others: Folders of further manifests that may hold the same images, by name.
+        decoded: Its pictures after a full decode; without, what needs one says so.
 
     Returns:
         A finding for each, in the order of their numbers, also where nothing was found.
     """
     found = [
+        *conformity_findings(manifest),
         *_rows(manifest),
-        *_files(manifest),
+        *_files(manifest, decoded),
+        *decode_findings(manifest, decoded),
         *_splits(manifest),
         *_reports(manifest),
-        *_overlap(manifest, others or {}),
+        *overlap_findings(manifest, others or {}, decoded),
         *_labels(manifest),
         *_views(manifest),
         *_classes(manifest),
@@ -133,33 +103,40 @@ def write_findings(checked: CheckedManifest) -> None:
 def _rows(manifest: Manifest) -> Iterator[Finding]:
     """Checks 2, 3 and 16: keys, the funnel, the hash."""
     number = manifest.images.num_rows
-    yield _finding(2, number, f"{number:,} keys, each once", warn=False)
+    yield finding(2, number, f"{number:,} keys, each once", warn=False)
     first = manifest.meta.funnel[0].count
     dropped = first - number
     text = f"of {first:,} rows {dropped:,} were dropped or merged; the funnel closes"
-    yield _finding(3, dropped, text, warn=False)
+    yield finding(3, dropped, text, warn=False)
     pairs = manifest.texts.num_rows
     text = f"hash {manifest.meta.hash} over {number:,} images and {pairs:,} pairs"
-    yield _finding(16, number + pairs, text, warn=False)
+    yield finding(16, number + pairs, text, warn=False)
 
 
-def _files(manifest: Manifest) -> Iterator[Finding]:
-    """Checks 6 and 8: files from outside, and equal ones."""
+def _files(manifest: Manifest, decoded: Decoded | None) -> Iterator[Finding]:
+    """Checks 6 and 8: files from outside, their sizes, and equal ones."""
     root = Path(manifest.meta.image_root)
-    files = glance_at(root, manifest.images["image_path"].to_pylist())
+    paths = manifest.images["image_path"].to_pylist()
+    files = glance_at(root, paths)
     for kind, what in (
         (MISSING, "files are not there"),
         (EMPTY, "files have no byte"),
         (NO_PICTURE, "files are web pages or pointers, not pictures"),
     ):
         count = files.count(kind)
-        yield _finding(6, count, f"{count:,} {what}")
+        yield finding(6, count, f"{count:,} {what}")
     misnamed = files.misnamed()
     text = f"{len(misnamed):,} files are of another kind than their names say"
-    yield _finding(6, len(misnamed), text, misnamed)
+    yield finding(6, len(misnamed), text, misnamed)
     extra = _files_without_row(root, files.paths)
     text = f"{len(extra):,} image files beside them are in no row, dropped ones included"
-    yield _finding(6, len(extra), text, extra, warn=False)
+    yield finding(6, len(extra), text, extra, warn=False)
+    if decoded is None:
+        place = {path: index for index, path in enumerate(files.paths)}
+        shape = files.shape[[place[path] for path in paths]]
+    else:
+        shape = decoded.shape
+    yield from size_findings(manifest, shape)
     yield from _copies(manifest, files.copies(root))
 
 
@@ -194,7 +171,7 @@ def _copies(manifest: Manifest, groups: Sequence[Sequence[str]]) -> Iterator[Fin
                 people[path].add(subject)
                 splits[path] |= {split} - {None}
     copies = sum(len(group) - 1 for group in groups)
-    yield _finding(
+    yield finding(
         8,
         copies,
         f"{copies:,} files repeat another byte for byte, in {len(groups):,} groups",
@@ -203,19 +180,19 @@ def _copies(manifest: Manifest, groups: Sequence[Sequence[str]]) -> Iterator[Fin
     for what, known in (("patients", people), ("splits", splits)):
         crossing = [g for g in groups if len(set().union(*(known[path] for path in g))) > 1]
         text = f"{len(crossing):,} groups of equal files are in more than one of the {what}"
-        yield _finding(8, len(crossing), text, [group[0] for group in crossing])
+        yield finding(8, len(crossing), text, [group[0] for group in crossing])
 
 
 def _splits(manifest: Manifest) -> Iterator[Finding]:
     """Check 7: patients in two splits, and how many images a patient has."""
     shared = patients_in_two_splits(manifest.images)
-    yield _finding(7, shared, f"{shared:,} patients are in more than one split")
+    yield finding(7, shared, f"{shared:,} patients are in more than one split")
     counts = manifest.images.group_by("subject_id").aggregate([("key", "count")])["key_count"]
     largest, number = int(pc.max(counts).as_py()), len(counts)
     text = f"{number:,} patients (or what stands for them), with up to {largest:,} images each"
-    yield _finding(7, number, text, warn=False)
+    yield finding(7, number, text, warn=False)
     unassigned = manifest.images["split"].null_count
-    yield _finding(7, unassigned, f"{unassigned:,} images are in no split", warn=False)
+    yield finding(7, unassigned, f"{unassigned:,} images are in no split", warn=False)
 
 
 def _text_facts(
@@ -231,26 +208,31 @@ def _text_facts(
     for start in range(0, len(first), _PIECE_ROWS):  # never all reports as Python objects
         piece = manifest.texts["text"].take(first[start : start + _PIECE_ROWS])
         stop = start + len(piece)
-        words[start:stop] = pc.count_substring_regex(piece, r"\S+").to_numpy()
         for mark in ("___", "XXXX"):
             marks[mark] += int(pc.sum(pc.match_substring(piece, mark)).as_py() or 0)
-        plain = pc.replace_substring_regex(pc.utf8_lower(piece), r"[^\pL]+", " ")
-        letters_of = plain.cast(pa.large_binary())
-        hashes = [xxhash.xxh3_64_intdigest(text) >> 1 for text in letters_of.to_pylist()]
-        letters[start:stop] = hashes
+        texts = piece.cast(pa.large_binary()).to_pylist()
+        words[start:stop] = [len(text.split()) for text in texts]
+        letters[start:stop] = [xxhash.xxh3_64_intdigest(_letters(text)) >> 1 for text in texts]
     return words, letters, marks, of_pair
+
+
+def _letters(text: bytes) -> bytes:
+    """A text's letters without case. A million texts: no regular expression."""
+    if text.isascii():
+        return text.translate(_LOWER, _NO_LETTER)
+    return "".join(filter(str.isalpha, text.decode().lower())).encode()
 
 
 def _reports(manifest: Manifest) -> Iterator[Finding]:
     """Checks 8 and 13: texts that repeat across splits, their lengths, and marks in them."""
     without = manifest.images.num_rows - int(pc.count_distinct(manifest.texts["key"]).as_py())
-    yield _finding(13, without, f"{without:,} images have no text", warn=False)
+    yield finding(13, without, f"{without:,} images have no text", warn=False)
     if not manifest.has_texts:
         return
     words, letters, marks, of_pair = _text_facts(manifest)
     images = np.bincount(of_pair)
     text = f"a text belongs to {images.mean():.1f} images on average, {images.max():,} at most"
-    yield _finding(8, int(images.max()), text, warn=False)
+    yield finding(8, int(images.max()), text, warn=False)
     image = pc.index_in(manifest.texts["key"], manifest.images["key"].combine_chunks())
     split = manifest.images["split"].combine_chunks().dictionary_encode()
     code = split.indices.fill_null(-1).to_numpy()[image.to_numpy()]
@@ -259,35 +241,12 @@ def _reports(manifest: Manifest) -> Iterator[Finding]:
     crossing = int(np.count_nonzero(np.unique(pairs[:, 0], return_counts=True)[1] > 1))
     unit = manifest.texts["unit"][0].as_py()
     sentence = f"{crossing:,} {unit} texts with the same letters are in more than one split"
-    yield _finding(8, crossing, sentence, warn=unit == "report")
+    yield finding(8, crossing, sentence, warn=unit == "report")
     median, most, largest = (int(np.quantile(words, q)) for q in (0.5, 0.95, 1.0))
     text = f"{len(words):,} different texts, words: median {median}, 95 % {most}, most {largest:,}"
-    yield _finding(13, len(words), text, warn=False)
+    yield finding(13, len(words), text, warn=False)
     for mark, count in marks.items():
-        yield _finding(13, count, f"{count:,} texts hold the mark {mark}", warn=False)
-
-
-def _overlap(manifest: Manifest, others: Mapping[str, Path]) -> Iterator[Finding]:
-    """Check 9: names of image files that other data sets know too."""
-    mine = _stems(manifest.images["image_path"])
-    for name, folder in sorted(others.items()):
-        try:
-            paths = pq.read_table(folder / "images.parquet", columns=["image_path"])["image_path"]
-        except (pa.ArrowException, OSError):
-            text = f"the manifest {name} cannot be read and was not compared with"
-            yield _finding(9, 1, text)
-            continue
-        shared = mine & _stems(paths)
-        text = f"{len(shared):,} images have the name of an image of the manifest {name}"
-        yield _finding(9, len(shared), text, shared)
-    if not others:
-        yield _finding(9, 0, "no manifest of another data set to compare with", warn=False)
-
-
-def _stems(paths: pa.ChunkedArray) -> set[str]:
-    """Names of files without folder and ending."""
-    names = pc.replace_substring_regex(paths, r"^.*/", "")
-    return set(pc.replace_substring_regex(names, r"\.[A-Za-z.]+$", "").to_pylist())
+        yield finding(13, count, f"{count:,} texts hold the mark {mark}", warn=False)
 
 
 def _labels(manifest: Manifest) -> Iterator[Finding]:
@@ -297,7 +256,7 @@ def _labels(manifest: Manifest) -> Iterator[Finding]:
         annotated = len(masks) - masks.null_count
         empty = int(pc.sum(pc.equal(masks, "")).as_py() or 0)
         text = f"{annotated:,} images are annotated, {empty:,} of them with nothing"
-        yield _finding(10, annotated, text, warn=False)
+        yield finding(10, annotated, text, warn=False)
     for name in manifest.label_names:
         column = manifest.images[LABEL_PREFIX + name]
         if pa.types.is_int8(column.type):
@@ -306,11 +265,11 @@ def _labels(manifest: Manifest) -> Iterator[Finding]:
                 f"{word} {counts[value]:,}"
                 for word, value in (("1", 1), ("0", 0), ("-1", -1), ("blank", None))
             )
-            yield _finding(11, counts[1], f"label {name}: {said}", warn=False)
+            yield finding(11, counts[1], f"label {name}: {said}", warn=False)
         else:
             blank, number = column.null_count, len(column.unique().drop_null())
             text = f"label {name}: {number:,} classes, {blank:,} blank"
-            yield _finding(11, number, text, warn=False)
+            yield finding(11, number, text, warn=False)
 
 
 def _views(manifest: Manifest) -> Iterator[Finding]:
@@ -319,10 +278,10 @@ def _views(manifest: Manifest) -> Iterator[Finding]:
     blank = views.pop(None, 0)
     number = manifest.images.num_rows
     text = f"{blank:,} of {number:,} images have no view ({blank / number:.1%})"
-    yield _finding(12, blank, text)
+    yield finding(12, blank, text)
     other = sum(count for view, count in views.items() if not _FRONTAL.match(view))
     text = f"{other:,} images are called neither AP nor PA nor frontal"
-    yield _finding(12, other, text)
+    yield finding(12, other, text)
 
 
 def _classes(manifest: Manifest) -> Iterator[Finding]:
@@ -336,7 +295,7 @@ def _classes(manifest: Manifest) -> Iterator[Finding]:
         if not 0 < len(set(classes)) <= _MAX_CLASSES:
             continue
         for by in ("split", "source"):
-            yield _finding(14, len(classes), _cross(name, by, classes, known[by]), warn=False)
+            yield finding(14, len(classes), _cross(name, by, classes, known[by]), warn=False)
         if len(set(known["source"].to_pylist())) > 1:
             yield _source_alone(name, classes, known)
 
@@ -366,12 +325,12 @@ def _source_alone(name: str, classes: Sequence[str], known: pa.Table) -> Finding
             overall[one] += 1
     tests = [(one, source) for one, source, split in rows if split == "test"]
     if not tests or not overall:
-        return _finding(14, 0, f"{name}: the source alone cannot be tried", warn=False)
+        return finding(14, 0, f"{name}: the source alone cannot be tried", warn=False)
     right = sum(one == _commonest(by_source.get(source, overall)) for one, source in tests)
     base = sum(one == _commonest(overall) for one, _ in tests) / len(tests)
     text = f"{name}: guessed from the source alone {right / len(tests):.1%} of the test images "
     text += f"are right, {base:.1%} by the commonest class"
-    return _finding(14, right, text, warn=right / len(tests) > base + 0.05)
+    return finding(14, right, text, warn=right / len(tests) > base + 0.05)
 
 
 def _commonest(counts: Counter[str]) -> str:

@@ -16,9 +16,8 @@ from typing import NamedTuple
 import pydicom
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
-from featcache.manifest.tree import each_file
+from featcache.manifest.tree import ZERO_BYTES, each_file
 
-ZERO_BYTES = "file of zero bytes"
 NO_DICOM = "file is no DICOM"
 NO_HEADER = "DICOM header that cannot be read"
 _TAGS = (

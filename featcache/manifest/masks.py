@@ -139,6 +139,16 @@ def mask_problem(text: str) -> str | None:
     return None
 
 
+def mask_size(text: str) -> tuple[int, int]:
+    """Height and width that a text says, in pixels; 0, 0 where it does not.
+
+    Args:
+        text: Of the column `mask`, not null.
+    """
+    match = _HEAD.fullmatch(text)
+    return (int(match[2]), int(match[3])) if match else (0, 0)
+
+
 def resize_mask(
     mask: Bool[np.ndarray, "h w"],
     height: int,

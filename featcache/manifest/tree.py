@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 
 from featcache.console import task
 from featcache.errors import ManifestError
@@ -19,6 +19,8 @@ SYNTHETIC_NOTE = (
     "synthetic stand-in: the images and texts were drawn by a program; they show no patient, and "
     "no figure measured on them says anything about real data."
 )
+MISSING_FILE, ZERO_BYTES = "missing file", "file of zero bytes"
+"""Why a row has no picture, in the words of every reader's funnel."""
 _THREADS = 16  # what waits is the file system, not the processor
 _BLOCK = 4_096
 _SLICE = 64
@@ -47,28 +49,64 @@ def files_present(root: Path, paths: Sequence[str]) -> Bool[np.ndarray, " N"]:
     Raises:
         ManifestError: A folder is there but cannot be listed.
     """
-    by_folder: dict[str, list[int]] = defaultdict(list)
-    for index, path in enumerate(paths):
-        folder, slash, _ = path.rpartition("/")
-        by_folder[folder or slash].append(index)
     present = np.zeros(len(paths), dtype=np.bool_)
-    for folder, indices in by_folder.items():
-        names = _file_names(root, folder)
-        for index in indices:
-            present[index] = paths[index].rpartition("/")[2] in names
+    for names, entries in _wanted_entries(root, paths):
+        for name in names.keys() & {entry.name for entry in entries if entry.is_file()}:
+            present[names[name]] = True
     return present
 
 
-def _file_names(root: Path, folder: str) -> frozenset[str]:
-    """Names of the files in one folder; none when there can be no such folder."""
+def file_sizes(root: Path, paths: Sequence[str]) -> Int64[np.ndarray, " N"]:
+    """Size of each file in bytes, and -1 where there is none.
+
+    Folders are listed as in `files_present`, and each file that is wanted costs one call more.
+
+    Args:
+        root: Folder that relative paths start from; absolute paths ignore it.
+        paths: Paths with forward slashes.
+
+    Raises:
+        ManifestError: A folder is there but cannot be listed.
+    """
+    sizes = np.full(len(paths), -1, dtype=np.int64)
+    for names, entries in _wanted_entries(root, paths):
+        for entry in entries:
+            if entry.name in names and entry.is_file():
+                sizes[names[entry.name]] = entry.stat().st_size
+    return sizes
+
+
+def file_faults(sizes: Int64[np.ndarray, " N"]) -> dict[str, Bool[np.ndarray, " N"]]:
+    """Which rows have no picture, by reason, as `Funnel.keep` takes them.
+
+    Args:
+        sizes: Of `file_sizes`.
+    """
+    return {MISSING_FILE: sizes < 0, ZERO_BYTES: sizes == 0}
+
+
+def _wanted_entries(
+    root: Path, paths: Sequence[str]
+) -> Iterator[tuple[dict[str, list[int]], list[os.DirEntry[str]]]]:
+    """For each folder the places of its names among the paths, and what is in it."""
+    by_folder: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index, path in enumerate(paths):
+        folder, slash, name = path.rpartition("/")
+        by_folder[folder or slash][name].append(index)
+    for folder, names in by_folder.items():
+        yield names, _entries(root, folder)
+
+
+def _entries(root: Path, folder: str) -> list[os.DirEntry[str]]:
+    """What is in one folder; nothing when there can be no such folder."""
     if "\0" in folder:
-        return frozenset()
+        return []
     try:
         with os.scandir(root / folder) as entries:
-            return frozenset(entry.name for entry in entries if entry.is_file())
+            return list(entries)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-            return frozenset()
+            return []
         raise ManifestError(
             f"a folder of images cannot be listed: {error.strerror}",
             where=root,  # a folder below it may carry a patient's identifier

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from featcache.synth.draw import Lesion, draw_frontal, draw_lateral, generator, make_anatomy
+from featcache.synth.draw import Box, Lesion, draw_frontal, draw_lateral, generator, make_anatomy
 
 
 class Size(NamedTuple):
@@ -72,9 +72,16 @@ def plan_exposures(
     return found
 
 
-def picture_bytes(
-    name: str, exposure: Exposure, lesions: dict[str, str], size: Size, seed: int, *, kind: str
-) -> bytes:
+def picture_with_boxes(
+    name: str,
+    exposure: Exposure,
+    lesions: dict[str, str],
+    size: Size,
+    seed: int,
+    *,
+    kind: str,
+    square: bool = False,
+) -> tuple[bytes, dict[str, Box]]:
     """Draw an image and encode it.
 
     Args:
@@ -84,21 +91,37 @@ def picture_bytes(
         size: Range of sides in pixels.
         seed: The tree's seed.
         kind: `JPEG` or `PNG`.
+        square: As wide as it is high.
+
+    Returns:
+        The file, and for each finding that has a place its box: left, top, right, bottom as shares
+        of the picture.
     """
     names = (exposure.patient, exposure.study, exposure.order)
     rng = generator(seed, name, "picture", *names)
     patient = make_anatomy(generator(seed, name, "patient", exposure.patient))
     height, width = (int(side) for side in rng.integers(size.smallest_px, size.largest_px + 1, 2))
-    drawn = [
-        Lesion(lesions[finding], (-1, 1)[rng.integers(2)], 0.35, 0.8)
-        for finding in exposure.findings
-        if finding in lesions
-    ]
+    width = height if square else width
+    present = [finding for finding in exposure.findings if finding in lesions]
+    drawn = [Lesion(lesions[finding], (-1, 1)[rng.integers(2)], 0.35, 0.8) for finding in present]
+    places: list[tuple[str, Box]] = []
     if exposure.view == "LATERAL":
         grey = draw_lateral(patient, rng, height=height, width=width)
     else:
-        grey, _ = draw_frontal(patient, drawn, rng, height=height, width=width)
+        grey, places = draw_frontal(patient, drawn, rng, height=height, width=width)
     file = io.BytesIO()
     image = Image.fromarray(np.asarray(grey))
     image.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
-    return file.getvalue()
+    boxes: dict[str, Box] = {}
+    for finding in present:  # of two findings that are drawn alike the first has the first place
+        index = next((i for i, (drew, _) in enumerate(places) if drew == lesions[finding]), None)
+        if index is not None:
+            boxes[finding] = places.pop(index)[1]
+    return file.getvalue(), boxes
+
+
+def picture_bytes(
+    name: str, exposure: Exposure, lesions: dict[str, str], size: Size, seed: int, *, kind: str
+) -> bytes:
+    """The file of `picture_with_boxes` alone."""
+    return picture_with_boxes(name, exposure, lesions, size, seed, kind=kind)[0]

@@ -1,14 +1,14 @@
-"""NIH ChestX-ray14 as a procedural tree: the table with its odd header, the lists, the folders."""
+"""NIH ChestX-ray14 as a procedural tree: tables with odd headers, the lists, square pictures."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from featcache.console import task
-from featcache.synth.draw import generator
-from featcache.synth.labelled import SIZES, Exposure, picture_bytes, plan_exposures
+from featcache.synth.draw import Box, generator
+from featcache.synth.labelled import SIZES, Exposure, picture_with_boxes, plan_exposures
 from featcache.synth.tree import Summary, Tree
 
-SWITCHES = ("table-2017", "one-folder", "no-lists")
+SWITCHES = ("table-2017", "one-folder", "no-lists", "no-boxes")
 LABELS = (
     "Atelectasis",
     "Cardiomegaly",
@@ -43,6 +43,18 @@ _HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Sex,View Position,"
     "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
 )
+# Pixels of the published pictures; the table of boxes calls one finding otherwise.
+_BOX_SIDE = 1_024
+_BOXED = {
+    "Atelectasis": "Atelectasis",
+    "Cardiomegaly": "Cardiomegaly",
+    "Effusion": "Effusion",
+    "Infiltration": "Infiltrate",
+    "Mass": "Mass",
+    "Nodule": "Nodule",
+    "Pneumonia": "Pneumonia",
+    "Pneumothorax": "Pneumothorax",
+}
 _FIRST = 90_000  # the published patients end at 00030805
 
 
@@ -74,6 +86,26 @@ def _write_table(
     tree.write(name, "".join(f"{line}\n" for line in lines).encode())
 
 
+def _pixels(box: Box) -> list[float]:
+    """Left, top, width, height in pixels of the published size."""
+    left, top, right, bottom = (share * _BOX_SIDE for share in box)
+    return [round(number, 6) for number in (left, top, right - left, bottom - top)]
+
+
+def _write_boxes(tree: Tree, boxes: dict[str, dict[str, list[float]]]) -> None:
+    """The table of boxes, with the header as published, sorted by finding."""
+    rows = [
+        (list(_BOXED).index(finding), name, finding, box)
+        for name, found in boxes.items()
+        for finding, box in found.items()
+    ]
+    lines = ["Image Index,Finding Label,Bbox [x,y,w,h],,,"]
+    lines += [
+        ",".join([name, _BOXED[finding], *map(str, box)]) for _, name, finding, box in sorted(rows)
+    ]
+    tree.write("BBox_List_2017.csv", "".join(f"{line}\n" for line in lines).encode())
+
+
 def write(root: Path, *, size: str, seed: int, switches: Collection[str] = ()) -> Summary:
     """Write the tree.
 
@@ -92,6 +124,7 @@ def write(root: Path, *, size: str, seed: int, switches: Collection[str] = ()) -
     held_out = chosen.patients - chosen.patients // 4
     lists: dict[str, list[str]] = {"train_val": [], "test": []}
     truth: dict[str, object] = {}
+    boxes: dict[str, dict[str, list[float]]] = {}
     images = 0
     with task("synth nih", len(exposures)) as progress:
         for done, one in enumerate(exposures, start=1):
@@ -103,11 +136,15 @@ def write(root: Path, *, size: str, seed: int, switches: Collection[str] = ()) -
                 "is_test": is_test,
                 "odd": one.odd,
             }
+            content, places = picture_with_boxes(
+                "nih", one, _DRAWN, chosen, seed, kind="PNG", square=True
+            )
+            if one.patient % 4:  # not every image was looked at for its places
+                boxes[_name(one)] = {f: _pixels(places[f]) for f in _BOXED if f in places}
             if "missing" not in one.odd:
                 folder = (
                     "images" if "one-folder" in switches else f"images_{1 + done % 2:03d}/images"
                 )
-                content = picture_bytes("nih", one, _DRAWN, chosen, seed, kind="PNG")
                 tree.write(f"{folder}/{_name(one)}", content)
                 images += 1
             progress.update(done)
@@ -117,4 +154,6 @@ def write(root: Path, *, size: str, seed: int, switches: Collection[str] = ()) -
             tree.write(
                 f"{name}_list.txt", "\n".join(names).encode()
             )  # no end of line, as published
-    return Summary(images, len(exposures), {"images": truth})
+    if "no-boxes" not in switches:
+        _write_boxes(tree, boxes)
+    return Summary(images, len(exposures), {"images": truth, "boxes": boxes})

@@ -13,8 +13,8 @@ from featcache.synth.registry import synthesize
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
-    return synthesize("chexpert", tmp_path_factory.mktemp("synth") / "tree").path
+def original(draw_tree) -> Path:
+    return draw_tree("chexpert").path
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +164,19 @@ def test_completeness_and_terms(tree, monkeypatch):
     assert read(tree).meta.policies["tables"].startswith("complete")
     (tree / "SYNTHETIC.txt").unlink()
     assert "Stanford" in read(tree).meta.notes[0]
+
+
+def test_an_empty_file_is_dropped_and_listed(tree):
+    path = sorted((tree / "train").rglob("*_frontal.jpg"))[0]
+    path.write_bytes(b"")
+    made = read(tree)
+    step = next(step for step in made.meta.funnel if step.name == "images with a file")
+    assert step.dropped == {"missing file": 1, "file of zero bytes": 1}
+    listed = (made.folder / "missing_files.txt").read_text().split()
+    assert path.relative_to(tree).as_posix() in listed
+
+
+def test_two_columns_that_differ_in_case_alone_are_refused(tree):
+    edit(tree, "Sex", "EDEMA ")
+    with pytest.raises(ManifestError, match=r"`EDEMA ` and `Edema` have the same name"):
+        read(tree)

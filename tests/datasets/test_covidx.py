@@ -39,7 +39,7 @@ def make(folder, train=TRAIN, test=TEST, version="_COVIDx9A", missing=(), lists_
         for line in content.splitlines():
             file = next((field for field in line.split() if "." in field), None)
             if file and file not in missing:
-                (folder / name / file).touch()
+                (folder / name / file).write_bytes(b"picture")
     return folder
 
 
@@ -172,14 +172,31 @@ def test_rsna_ids_are_said_to_name_images(tmp_path):
     assert covidx.NOTE_RSNA not in read(other).meta.notes
 
 
+@pytest.mark.parametrize("name", ["c2.png", "n2.JPG", "c1-a.png"])
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_a_missing_or_empty_file_moves_no_other_to_another_split(tmp_path, name, is_empty):
+    lines = TRAIN + "".join(f"p{n} x{n}.png COVID-19 cohen\n" for n in range(20))
+    whole = read(make(tmp_path / "a", lines), "validate_fraction=0.4")
+    tree = make(tmp_path / "b", lines, missing=[] if is_empty else [name])
+    if is_empty:
+        (tree / "train" / name).write_bytes(b"")
+    made = read(tree, "validate_fraction=0.4")
+    split = dict(zip(whole.keys, whole.splits(), strict=True))
+    assert set(split) - set(made.keys) == {f"train/{name}"}
+    assert made.splits() == [split[key] for key in made.keys]
+    (reason,) = made.meta.funnel[-1].dropped
+    assert reason.startswith("file of zero bytes" if is_empty else "missing file, source ")
+    assert (made.folder / "missing_files.txt").read_text() == f"train/{name}\n"
+
+
 def test_missing_files_are_dropped_by_source_and_listed(tmp_path, capsys):
     made = read(make(tmp_path / "c", missing=["c2.png", "n2.JPG", "c1-a.png"]))
     step = made.meta.funnel[-1]
     assert step.count == 9
     assert step.dropped == {
-        "file missing, source cohen": 1,
-        "file missing, source ricord": 1,
-        "file missing, source stonybrook": 1,
+        "missing file, source cohen": 1,
+        "missing file, source ricord": 1,
+        "missing file, source stonybrook": 1,
     }
     listed = (made.folder / "missing_files.txt").read_text()
     assert listed == "train/c1-a.png\ntrain/c2.png\ntrain/n2.JPG\n"
@@ -187,7 +204,7 @@ def test_missing_files_are_dropped_by_source_and_listed(tmp_path, capsys):
     assert "3 listed files are missing" in printed
     assert "1 Stony Brook files are missing, 0 with ABDOMEN in the name; 496 and 430" in printed
     for name in ("c2.png", "n2.JPG", "c1-a.png"):
-        (tmp_path / "c" / "train" / name).touch()
+        (tmp_path / "c" / "train" / name).write_bytes(b"picture")
     assert not (read(tmp_path / "c").folder / "missing_files.txt").exists()
 
 
@@ -294,7 +311,7 @@ def test_a_published_validation_list_is_kept(tmp_path):
     tree = make(tmp_path / "a", version="")
     (tree / "val.txt").write_text("v1 v1.png pneumonia rsna\n")
     (tree / "val").mkdir()
-    (tree / "val" / "v1.png").touch()
+    (tree / "val" / "v1.png").write_bytes(b"picture")
     made = read(tree)
     validate = [k for k, s in zip(made.keys, made.splits(), strict=True) if s == "validate"]
     assert validate == ["val/v1.png"]
@@ -307,7 +324,7 @@ def test_the_split_of_mgca_knows_no_third_list_and_needs_lines(tmp_path):
     tree = make(tmp_path / "a", version="")
     (tree / "val.txt").write_text("v1 v1.png pneumonia rsna\n")
     (tree / "val").mkdir()
-    (tree / "val" / "v1.png").touch()
+    (tree / "val" / "v1.png").write_bytes(b"picture")
     message = refused(tree, "split=mgca")
     assert "version plain has a third" in message
     assert "--set split=ours" in message

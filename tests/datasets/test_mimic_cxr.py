@@ -12,15 +12,14 @@ from contracts.dataset_contract import DatasetContract
 from featcache.config import read_json, validate
 from featcache.datasets import mimic_cxr, mimic_cxr_jpg
 from featcache.errors import ManifestError
-from featcache.synth.registry import synthesize
 
 USELESS = {"missing", "zero byte"}
 NO_TEXT = {"no report file", "comparison only", "report without images"}
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory) -> Path:
-    return synthesize("mimic-cxr", tmp_path_factory.mktemp("synth") / "tree").path
+def bare(draw_tree) -> Path:
+    return draw_tree("mimic-cxr").path
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +153,7 @@ def test_tables_of_another_patient_are_refused(tree, jpg, tmp_path):
     subject, study, tail = first.split(",", 2)
     changed = f"{int(subject) + 1},{int(study) + 1},{tail}"
     path.write_bytes(gzip.compress("\n".join([head, changed, *rest]).encode()))
-    with pytest.raises(ManifestError, match="give a picture another `study_id`: row 1") as caught:
+    with pytest.raises(ManifestError, match="give a picture another `study_id`: row 2") as caught:
         read_tree(tree, tmp_path, tables=str(jpg))
     assert not re.search(r"19\d{6}|5\d{7}", str(caught.value))
 

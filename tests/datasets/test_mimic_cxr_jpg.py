@@ -90,7 +90,7 @@ def test_funnel_closes_and_names_every_reason(manifest, truth):
     reasons = {reason for step in steps for reason in step.dropped}
     assert reasons == {
         "missing file",
-        "zero bytes",
+        "file of zero bytes",
         "blank view",
         "another view",
         "no report file",
@@ -265,7 +265,30 @@ def test_a_header_that_is_none_and_a_label_table_without_rows(tree):
 
 def test_line_with_too_few_fields_is_named_by_its_number(tree):
     edit_table(tree, "split", lambda ls: [*ls[:3], "x,y", *ls[3:]])
-    assert failure(tree).what == "line 4 has another number of fields than the header"
+    assert failure(tree).what == "row 4 has another number of fields than the header"
+    edit_table(tree, "split", lambda ls: [ls[0], "", *ls[1:]])
+    assert failure(tree).what == "row 5 has another number of fields than the header"
+
+
+def test_rows_are_numbered_as_a_spreadsheet_program_shows_them(tree):
+    edit_table(tree, "metadata", lambda ls: [*ls[:3], "", "", "x" + ls[3], *ls[4:]])
+    assert failure(tree).what == "`dicom_id` has not the published form: row 6"
+
+
+@pytest.mark.parametrize("other", ["Split", " split "])
+def test_two_columns_of_one_name_are_refused_with_both(tree, other):
+    edit_table(
+        tree, "split", lambda ls: [f"{ls[0]},{other}", *(f"{line},train" for line in ls[1:])]
+    )
+    said = failure(tree).what
+    assert said == (
+        f"the columns `split` and `{other}` have the same name, compared without case and blanks"
+    )
+
+
+def test_a_table_without_its_header_names_no_identifier(tree):
+    edit_table(tree, "metadata", lambda ls: ls[1:])
+    assert failure(tree).what.startswith("the table has no column `dicom_id`, `subject_id`")
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 7, 600])
@@ -283,19 +306,43 @@ def test_identifiers_that_went_through_a_number(tree):
 
     edit_table(tree, "metadata", as_float)
     error = failure(tree)
-    assert "`subject_id` has not the published form: rows 1, 2, 3, 4, 5 and" in error.what
+    assert "`subject_id` has not the published form: rows 2, 3, 4, 5, 6 and" in error.what
     assert "`study_id` has not the published form" in error.what
     assert "read these identifiers as numbers" in error.fix
 
 
 def test_dicom_id_that_is_none(tree):
     edit_table(tree, "metadata", lambda ls: [ls[0], "x" + ls[1][1:], *ls[2:]])
-    assert failure(tree).what == "`dicom_id` has not the published form: row 1"
+    assert failure(tree).what == "`dicom_id` has not the published form: row 2"
+
+
+def test_one_blank_identifier_is_named_by_its_row_and_damages_no_other(tree):
+    def blank(lines):
+        dicom, _, rest = lines[2].split(",", 2)
+        return [*lines[:2], f"{dicom},,{rest}", *lines[3:]]
+
+    edit_table(tree, "metadata", blank)
+    error = failure(tree)
+    assert error.what == "`subject_id` has not the published form: row 3"
+    assert error.fix == "use the table as published"
+
+
+def test_two_label_rows_of_one_study_are_merged_or_refused_and_never_multiply(tree, manifest):
+    edit_table(tree, "chexpert", lambda ls: [*ls, ls[1]])
+    assert read_tree(tree).meta.hash == manifest.meta.hash
+
+    def other(lines):
+        start, _, last = lines[1].rpartition(",")
+        return [*lines[:-1], f"{start},{'0.0' if last != '0.0' else '1.0'}"]
+
+    edit_table(tree, "chexpert", other)
+    said = failure(tree).what
+    assert re.fullmatch(r"rows 2 and \d+ have the same `study_id` and contradict each other", said)
 
 
 def test_label_outside_the_allowed_values(tree):
     edit_table(tree, "chexpert", lambda ls: [ls[0], ls[1].rpartition(",")[0] + ",2.0", *ls[2:]])
-    assert failure(tree).what == "`Support Devices` is none of 1.0, 0.0, -1.0, blank: row 1"
+    assert failure(tree).what == "`Support Devices` is none of 1.0, 0.0, -1.0, blank: row 2"
 
 
 def test_one_picture_with_two_patients(tree):
@@ -322,7 +369,7 @@ def test_split_table_of_another_release(tree):
         return [lines[0], f"{dicom},{int(study) + 1},{rest}", *lines[2:]]
 
     edit_table(tree, "split", other_study)
-    assert "give a picture another `study_id`: row 1" in failure(tree).what
+    assert "give a picture another `study_id`: row 2" in failure(tree).what
 
 
 def test_patient_in_two_splits_stops_with_a_count(tmp_path):

@@ -1,5 +1,6 @@
 """Open-I from synthetic trees of all three forms, whose truth is known, and from spoiled ones."""
 
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from featcache.config import read_json, validate
 from featcache.datasets import openi
 from featcache.datasets.indiana.reports import Report, parse_report, plain_name
 from featcache.errors import ConfigError, ManifestError
+from featcache.manifest.splits import split_by_subject
 from featcache.synth.registry import synthesize
 
 FORMS = ("dicom", "png", "kaggle")
@@ -107,7 +109,7 @@ def test_what_was_dropped_is_counted_and_named(trees, truth, tmp_path, capsys):
     assert len((made.folder / "missing_files.txt").read_text().split()) == missing > 0
     assert len((made.folder / "unread_reports.txt").read_text().split()) == 1
     said = capsys.readouterr().err
-    assert "1 files are no reports" in said
+    assert "1 report files cannot be read" in said
     assert "CXR" not in said
     policies = made.meta.policies
     numbers = Counter(len(one["images"]) for one in truth.values()
@@ -241,7 +243,7 @@ def test_tables_of_the_repack_name_what_is_wrong(trees, tmp_path):
     with pytest.raises(ManifestError, match=r"images of no report in .*: row \d+"):
         read_tree(tree, tmp_path)
     table.write_text("\n".join(["uid,filename,view", *lines[1:]]) + "\n")
-    with pytest.raises(ManifestError, match="no column `projection`; it has `uid`"):
+    with pytest.raises(ManifestError, match="no column `projection`; known: filename, uid"):
         read_tree(tree, tmp_path)
     table.write_text("\n".join(lines) + "\n")
     reports = tree / "indiana_reports.csv"
@@ -269,3 +271,73 @@ def test_what_is_no_report():
 def test_mgca_texts_cannot_be_cut():
     with pytest.raises(ConfigError, match="no full stops left"):
         validate(openi.Options, {"text": "mgca", "text_unit": "sentence"})
+
+
+def test_a_report_file_that_cannot_be_read_is_counted_and_listed(tree, tmp_path, capsys):
+    before = len(read_tree(tree, tmp_path).keys)
+    (tree / "ecgen-radiology" / "9999.xml").mkdir()
+    (tree / "ecgen-radiology" / "9998.xml").symlink_to(tree / "nowhere.xml")
+    made = read_tree(tree, tmp_path)
+    assert len(made.keys) == before
+    assert "3 report files cannot be read and were left out" in capsys.readouterr().err
+    listed = (made.folder / "unread_reports.txt").read_text().split()
+    assert {"9998.xml", "9999.xml"} < set(listed)
+
+
+def test_an_empty_or_missing_image_moves_no_other_to_another_split(tree, tmp_path):
+    whole = read_tree(tree, tmp_path)
+    split = dict(zip(whole.keys, whole.splits(), strict=True))
+    paths = whole.images["image_path"].to_pylist()
+    (tree / paths[0]).write_bytes(b"")
+    (tree / paths[5]).unlink()
+    made = read_tree(tree, tmp_path)
+    assert set(split) - set(made.keys) == {whole.keys[0], whole.keys[5]}
+    assert made.splits() == [split[key] for key in made.keys]
+    step = next(step for step in made.meta.funnel if step.name == "images with a file")
+    assert step.dropped["file of zero bytes"] == 1
+
+
+def test_a_missing_image_moves_no_report_of_the_same_text(tree, tmp_path):
+    """Two reports with one text go where the name of the first leads, be its image there or not."""
+    dummies = [f"d{number}" for number in range(300)]
+    for word in map("abcdefghijklmnopqrstuvwxyz".__getitem__, range(26)):
+        names = [f"apex {word} clear", f"{word} clear apex"]
+        first, other, *_ = split_by_subject([*sorted(names), *dummies], seed=0)
+        if first != other:
+            break
+    whole = read_tree(tree, tmp_path)
+    pair = sorted(set(whole.images["study_id"].to_pylist()))[:2]
+    for report, said in zip(pair, ((f"apex {word}", "clear"), (word, "clear apex")), strict=True):
+        path = tree / "ecgen-radiology" / f"{report.removeprefix('CXR')}.xml"
+        text = path.read_text()
+        for name, words in zip(("FINDINGS", "IMPRESSION"), said, strict=True):
+            text = re.sub(rf'(Label="{name}")[^/]*(/>|>.*?</AbstractText>)',
+                          rf"\1>{words}</AbstractText>", text)  # fmt: skip
+        path.write_text(text)
+    before = read_tree(tree, tmp_path)
+    rows = before.images.to_pylist()
+    splits = {row["study_id"]: row["split"] for row in rows}
+    assert splits[pair[0]] == splits[pair[1]] == first
+    for report in pair:
+        for row in rows:
+            if row["study_id"] == report:
+                (tree / row["image_path"]).rename(tree / f"{row['image_path']}.away")
+        made = read_tree(tree, tmp_path)
+        assert {r["split"] for r in made.images.to_pylist() if r["study_id"] in pair} == {first}
+        for path in tree.rglob("*.away"):
+            path.rename(path.with_suffix(""))
+
+
+def test_texts_without_letters_are_not_one_text():
+    written = ["a", "b", "c", "d"]
+    assert openi.group_texts(written, ["", "7.", "", "7."]) == written
+    assert openi.group_texts(written, ["x 1", "y", "x 2", "7."]) == ["a", "b", "a", "d"]
+
+
+def test_two_columns_of_the_repack_that_differ_in_case_alone_are_refused(trees, tmp_path):
+    tree = Path(shutil.copytree(trees["kaggle"], tmp_path / "k"))
+    table = tree / "indiana_projections.csv"
+    header, *lines = table.read_text().splitlines()
+    table.write_text("\n".join([f"{header},UID", *(f"{line},1" for line in lines)]) + "\n")
+    with pytest.raises(ManifestError, match="`uid` and `UID` have the same name"):
+        read_tree(tree, tmp_path)

@@ -148,7 +148,7 @@ def test_every_odd_file_is_dropped_for_its_reason_or_kept(made, truth, synthetic
     listed = [key for key, one in truth.items() if one["folder"] == "train"]
     listed = [key for key in listed if key not in odd["file without a row"]]
     assert steps["images"].dropped == {"further box of an image": boxes - len(listed)}
-    assert steps["images with a file"].dropped == {"file missing": len(odd["missing file"])}
+    assert steps["images with a file"].dropped == {"missing file": len(odd["missing file"])}
     assert steps["images with a DICOM header"].dropped == {
         "file is no DICOM": len(odd["PNG named dcm"]),
         "file of zero bytes": len(odd["zero bytes"]),
@@ -298,7 +298,7 @@ def test_a_missing_file_moves_no_other_image(tree):
     before = read(tree)
     (tree / rsna.TRAIN_FOLDER / f"{uuid(2)}.dcm").unlink()
     after = read(tree)
-    assert after.meta.funnel[2].dropped == {"file missing": 1}
+    assert after.meta.funnel[2].dropped == {"missing file": 1}
     splits = dict(zip(before.keys, before.splits(), strict=True))
     assert dict(zip(after.keys, after.splits(), strict=True)) == {
         key: split for key, split in splits.items() if key != uuid(2)
@@ -335,16 +335,16 @@ def test_the_same_box_twice_is_counted(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (f"{uuid(1)},,,,,0", f"{uuid(9)},,,,,0", "an image has the targets 0 and 1: row 2"),
-        (f"{uuid(1)},,,,,0", f"{uuid(1)},1.0,,,,0", "`Target` is 0 and there is a box: row 2"),
+        (f"{uuid(1)},,,,,0", f"{uuid(9)},,,,,0", "an image has the targets 0 and 1: row 3"),
+        (f"{uuid(1)},,,,,0", f"{uuid(1)},1.0,,,,0", "`Target` is 0 and there is a box: row 3"),
         (f"{uuid(1)},,,,,0", f"{uuid(1)},,,,,1", "`Target` is 1 and the box is blank or no b"),
-        (f"{uuid(1)},,,,,0", f"{uuid(1)},,,,,", "`Target` is neither 0 nor 1: row 2"),
-        (f"{uuid(1)},,,,,0", f"{uuid(1)},,,,0", "line 3 has another number of fields"),
-        (f"{uuid(1)},,", "1.0,,", "`patientId` has not the published form: row 2"),
-        ("0.0,0.0,12.0,8.0", "0.0,0.0,0.0,8.0", "the box is blank or no box: row 10"),
-        ("0.0,0.0,12.0,8.0", "0.0,nan,12.0,8.0", "the box is blank or no box: row 10"),
-        ("0.0,0.0,12.0,8.0", "1.0,0.0,12.0,8.0", "a box that leaves the image: row 10"),
-        ("0.0,0.0,12.0,8.0", "0.0,-1.0,12.0,8.0", "a box that leaves the image: row 10"),
+        (f"{uuid(1)},,,,,0", f"{uuid(1)},,,,,", "`Target` is neither 0 nor 1: row 3"),
+        (f"{uuid(1)},,,,,0", f"{uuid(1)},,,,0", "row 3 has another number of fields"),
+        (f"{uuid(1)},,", "1.0,,", "`patientId` has not the published form: row 3"),
+        ("0.0,0.0,12.0,8.0", "0.0,0.0,0.0,8.0", "the box is blank or no box: row 11"),
+        ("0.0,0.0,12.0,8.0", "0.0,nan,12.0,8.0", "the box is blank or no box: row 11"),
+        ("0.0,0.0,12.0,8.0", "1.0,0.0,12.0,8.0", "a box that leaves the image: row 11"),
+        ("0.0,0.0,12.0,8.0", "0.0,-1.0,12.0,8.0", "a box that leaves the image: row 11"),
         ("patientId,x", "patient,x", "no column `patientId`; did you mean `patient`"),
     ],
 )  # fmt: skip
@@ -356,8 +356,8 @@ def test_labels_that_cannot_be_are_refused_by_row(tree, old, new, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (f"{uuid(1)},Normal", f"{uuid(1)},Lung Opacity", "contradict each other: row 2"),
-        (f"{uuid(1)},Normal", f"{uuid(2)},{ABNORMAL}", "an image has two classes: row 4"),
+        (f"{uuid(1)},Normal", f"{uuid(1)},Lung Opacity", "contradict each other: row 3"),
+        (f"{uuid(1)},Normal", f"{uuid(2)},{ABNORMAL}", "an image has two classes: row 5"),
         (f"{uuid(1)},Normal", f"{uuid(1)},normal", "`class` is none of Normal, No Lung"),
         (f"{uuid(1)},Normal\n", "", "1 images of stage_2_train_labels.csv have no class here"),
     ],

@@ -125,7 +125,7 @@ def test_every_odd_case_is_dropped_for_its_reason_or_kept(made, truth, synthetic
     assert made.meta.funnel[0].count == rows
     assert steps["images"].dropped == {"further row of an image": rows - len(listed)}
     missing = len(odd["row without a file"])
-    assert steps["images with a file"].dropped == {"file missing": missing} != {"file missing": 0}
+    assert steps["images with a file"].dropped == {"missing file": missing} != {"file missing": 0}
     empty = len(odd["zero bytes"])
     assert steps["images with a DICOM header"].dropped == {"file of zero bytes": empty}
     for key in odd["truncated"]:
@@ -250,13 +250,13 @@ def test_stage_1_and_complete_tables_are_recognised(tree, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([*ROWS, (2, "1 2 3")], "neither -1 nor pairs of gap and length: row 13"),
-        ([*ROWS, (2, "1 0")], "neither -1 nor pairs of gap and length: row 13"),
-        ([*ROWS, (2, "-3 2")], "neither -1 nor pairs of gap and length: row 13"),
-        ([*ROWS, (2, "1.0 2")], "neither -1 nor pairs of gap and length: row 13"),
-        ([*ROWS, (2, "")], "neither -1 nor pairs of gap and length: row 13"),
-        ([*ROWS, (2, "-1")], "an image has a mask and also none: row 10"),
-        ([*ROWS, (4, "30 4 1 1")], "1 images have a mask that leaves the image: row 13"),
+        ([*ROWS, (2, "1 2 3")], "neither -1 nor pairs of gap and length: row 14"),
+        ([*ROWS, (2, "1 0")], "neither -1 nor pairs of gap and length: row 14"),
+        ([*ROWS, (2, "-3 2")], "neither -1 nor pairs of gap and length: row 14"),
+        ([*ROWS, (2, "1.0 2")], "neither -1 nor pairs of gap and length: row 14"),
+        ([*ROWS, (2, "")], "neither -1 nor pairs of gap and length: row 14"),
+        ([*ROWS, (2, "-1")], "an image has a mask and also none: row 11"),
+        ([*ROWS, (4, "30 4 1 1")], "1 images have a mask that leaves the image: row 14"),
         (NEGATIVES, "the table has no image with a mask"),
         (ROWS[8:], "the table has no image without a mask"),
     ],
@@ -274,12 +274,12 @@ def test_a_run_may_end_at_the_last_pixel(tmp_path):
 def test_a_table_of_absolute_starts_is_refused_and_a_single_such_row_is_told(tmp_path, capsys):
     starts = " ".join(f"{start} 1" for start in range(1, 28, 3))
     message = refused(make(tmp_path / "a", [*ROWS, (4, starts)], shape=(50, 50)))
-    assert "holds absolute starts where gaps are meant: row 13" in message
+    assert "holds absolute starts where gaps are meant: row 14" in message
     equal = " ".join(["1 1"] * 9)
     others = [(n, equal) for n in (5, 6)]
     capsys.readouterr()
     read(make(tmp_path / "b", [*ROWS, (4, starts), *others], shape=(50, 50)))
-    assert "row 13 may hold absolute starts" in capsys.readouterr().err
+    assert "row 14 may hold absolute starts" in capsys.readouterr().err
 
 
 def test_an_unknown_header_is_named_with_the_columns_found(tmp_path):

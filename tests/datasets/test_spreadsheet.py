@@ -41,7 +41,7 @@ def place(tmp_path):
     for row in base():
         path = tmp_path / "data" / row["image_path"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        path.write_bytes(b"picture")
     return tmp_path / "data"
 
 
@@ -244,7 +244,7 @@ def test_missing_files_are_dropped_and_counted(place):
     made = read(save(place, base()))
     assert made.keys == [f"k{n}" for n in range(1, NUM)]
     assert made.texts["key"].to_pylist() == made.keys
-    assert ("images with a file", NUM - 1, {"file missing": 1}) in funnel(made)
+    assert ("images with a file", NUM - 1, {"missing file": 1}) in funnel(made)
 
 
 def test_without_a_key_the_path_is_the_key(place):
@@ -261,7 +261,7 @@ def test_a_path_too_long_for_a_key_is_hashed(place):
     folder = "d" * 120
     path = place / folder / "0123456.png"
     path.parent.mkdir()
-    path.touch()
+    path.write_bytes(b"picture")
     rows = without(base(), "key")
     rows[0]["image_path"] = f"{folder}/0123456.png"
     key = next(key for key in read(save(place, rows)).keys if key.startswith("sha256:"))
@@ -285,10 +285,17 @@ def test_spellings_of_splits_are_understood(place):
     spelled = ["Train", "TRAIN", "train ", "train", "val", "valid", "test", ""]
     rows = [row | {"split": one} for row, one in zip(base(), spelled, strict=True)]
     assert read(save(place, rows)).splits() == ["train"] * 4 + ["validate"] * 2 + ["test", None]
-    rows[2]["split"] = "tset"
-    message = refused(save(place, rows))
-    assert "unknown value in 1 rows, first `tset`; did you mean `test`" in message
-    assert "row 4" in message
+
+
+def test_a_split_of_no_known_name_is_told_by_row_and_column_and_never_quoted(place):
+    rows = [{"SET": row["split"], **without([row], "split")[0]} for row in base()]
+    rows[2]["SET"] = "No effusion in the left hemithorax."
+    rows[5]["SET"] = "0012"
+    message = refused(save(place, rows), "columns.split=set")
+    allowed = "train, validate, test, val, valid, validation or blank"
+    assert f"the column `SET` is none of {allowed}: rows 4, 7" in message
+    assert "hemithorax" not in message
+    assert "0012" not in message
 
 
 def test_a_patient_in_two_splits_is_refused_by_count(place):
@@ -397,6 +404,48 @@ def test_everything_wrong_with_the_columns_is_said_at_once(place):
     assert "the column `origin` is missing" in message
 
 
+@pytest.mark.parametrize(
+    ("columns", "labels"),
+    [
+        (("label:Edema", "Edema"), "labels=[Edema]"),
+        (("label:Edema", "Label: Edema"), "labels=[]"),
+        (("label:Edema", "LABEL: edema"), "labels=[]"),
+    ],
+)
+def test_two_columns_of_one_label_are_refused_by_name(place, columns, labels):
+    rows = [row | dict.fromkeys(columns, "1") for row in base()]
+    message = refused(save(place, rows), labels)
+    assert f"the columns `{columns[0]}` and `{columns[1]}` are the same label" in message
+
+
+def test_a_label_that_is_named_twice_is_one(place):
+    path = save(place, [row | {"label:Edema": "1"} for row in base()])
+    assert read(path, "labels=['label:Edema', 'LABEL:EDEMA']").label_names == ["Edema"]
+
+
+@pytest.mark.parametrize(
+    ("row", "cell"),
+    [
+        (["k0", "images/p0/0.png", "train"], 2),
+        (["pat7", "0012", "train"], 2),
+        (
+            [
+                "pat7",
+                "train",
+                "The heart is normal in size. The lungs are clear, without effusion.",
+            ],
+            3,
+        ),
+    ],
+)
+def test_a_table_without_names_is_refused_and_its_first_row_not_quoted(place, row, cell):
+    (place / "bare.csv").write_text(",".join(f'"{value}"' for value in row) + "\n")
+    message = refused(place / "bare.csv")
+    what = f"the first row looks like data, not like names of columns: cell {cell}"
+    assert what in message.splitlines()[0]
+    assert not [value for value in row if value in message.replace(", split,", "")]
+
+
 def test_of_two_text_columns_one_can_be_chosen(place):
     path = save(place, [row | {"text": "t"} for row in base()])
     assert read(path, "columns.text=text").unique_texts()[1] == ["t"]
@@ -442,7 +491,7 @@ def test_folders_with_blanks_and_accents_work(tmp_path):
     for row in base():
         path = place / row["image_path"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        path.write_bytes(b"picture")
     assert len(read(save(place, base())).keys) == NUM
 
 

@@ -104,7 +104,7 @@ def test_a_hub_that_accepts_but_never_answers_is_given_up(monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
         assert not hub_answers(0.2)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 5
 
 
 def test_a_name_server_that_never_answers_is_given_up(monkeypatch):
@@ -118,7 +118,7 @@ def test_a_name_server_that_never_answers_is_given_up(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
     started = time.monotonic()
     assert not hub_answers(0.2)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
     release.set()
 
 

@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from featcache.cli import main
 from featcache.datasets import spreadsheet
 from featcache.datasets.registry import check_manifest, make_manifest
-from featcache.manifest.audit import Finding, audit
+from featcache.encoders.look import look_at_pictures
+from featcache.manifest.audit import _letters, audit
+from featcache.manifest.finding import Finding
 from featcache.manifest.table import Manifest, write_manifest
 from featcache.workspace import Workspace
 
@@ -61,7 +65,7 @@ def test_a_clean_manifest_has_no_warning_and_every_check_a_count(tmp_path):
     assert [one for one in findings if one.level == "warning"] == []
     numbers = [one.check for one in findings]
     assert numbers == sorted(numbers)
-    assert set(numbers) == {2, 3, 6, 7, 8, 9, 11, 12, 13, 14, 16}
+    assert set(numbers) == {1, 2, 3, 6, 7, 8, 9, 11, 12, 13, 14, 16}
 
 
 def test_files_are_counted_by_what_is_wrong_with_them(tmp_path):
@@ -180,7 +184,7 @@ def test_the_synthetic_tree_is_found_out(mimic_cxr_jpg_tree, tmp_path):
     manifest = make_manifest(
         workspace, "mimic-cxr-jpg", mimic_cxr_jpg_tree, overrides=["views=all"]
     )
-    checked = check_manifest(workspace, manifest)
+    checked = check_manifest(workspace, manifest, decoded=look_at_pictures(manifest))
 
     def those(*odd: str) -> int:
         return sum(bool(set(odd) & set(truth[key]["odd"])) for key in manifest.keys)
@@ -193,6 +197,15 @@ def test_the_synthetic_tree_is_found_out(mimic_cxr_jpg_tree, tmp_path):
         those("byte-identical across patients")
     )
     assert found(checked.findings, 12, "no view").count == those("blank view")
+    assert found(checked.findings, 6, "cannot be decoded").count == (
+        those("HTML instead of JPEG", "truncated")
+    )
+    twins = ("near-identical", "byte-identical", "byte-identical across patients")
+    assert found(checked.findings, 8, "look like another one").count == 2 * those(*twins)
+    assert found(checked.findings, 8, "look like one of another patient").count == (
+        2 * those("byte-identical across patients")
+    )
+    assert found(checked.findings, 6, "of their table").text.startswith("0 of ")
 
 
 def test_the_command_prints_checks_and_shows_names_only_on_request(tmp_path, capsys):
@@ -232,3 +245,10 @@ def test_a_table_without_patients_still_passes(tmp_path):
     (tmp_path / "t.csv").write_text("image_path\na.png\nb.png\n")
     manifest = spreadsheet.read(tmp_path / "t.csv", tmp_path / "m", options=spreadsheet.Options())
     assert found(audit(manifest), 7, "stands for them").count == 2
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_letters_are_told_by_bytes_as_by_characters(text):
+    plain = "".join(one for one in text.lower() if one.isalpha())
+    assert _letters(text.encode()) == plain.encode()
+    assert _letters(b"No Effusion, 5 mm.") == _letters(b"no effusion\n(mm)")

@@ -5,7 +5,13 @@ import os
 import pytest
 
 from featcache.errors import ManifestError
-from featcache.manifest.tree import SYNTHETIC_MARK, files_present, is_synthetic
+from featcache.manifest.tree import (
+    SYNTHETIC_MARK,
+    file_faults,
+    file_sizes,
+    files_present,
+    is_synthetic,
+)
 
 
 def test_files_are_found_as_the_file_system_finds_them(tmp_path):
@@ -49,3 +55,22 @@ def test_a_synthetic_tree_says_so_at_its_root(tmp_path):
     assert not is_synthetic(tmp_path)
     (tmp_path / SYNTHETIC_MARK).touch()
     assert is_synthetic(tmp_path)
+
+
+def test_sizes_of_files_and_what_is_wrong_with_rows(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "empty.png").touch()
+    (tmp_path / "a" / "some.png").write_bytes(b"12345")
+    (tmp_path / "a" / "folder.png").mkdir()
+    (tmp_path / "a" / "link.png").symlink_to(tmp_path / "a" / "some.png")
+    (tmp_path / "a" / "dead.png").symlink_to(tmp_path / "nowhere")
+    names = ["empty", "some", "folder", "link", "dead", "none", "some", "Some"]
+    paths = [f"a/{name}.png" for name in names] + [str(tmp_path / "a" / "some.png"), "b/x.png"]
+    sizes = file_sizes(tmp_path, paths)
+    assert sizes.tolist() == [0, 5, -1, 5, -1, -1, 5, -1, 5, -1]
+    assert (sizes >= 0).tolist() == files_present(tmp_path, paths).tolist()
+    faults = {reason: fault.tolist() for reason, fault in file_faults(sizes[:3]).items()}
+    assert faults == {
+        "missing file": [False, False, True],
+        "file of zero bytes": [True, False, False],
+    }

@@ -23,9 +23,8 @@ PLAIN = Preprocessing(image_size=(64, 64), mean=(0.0,), std=(1.0,))
 
 
 @pytest.fixture(scope="module")
-def trees(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("synth")
-    return {name: synthesize(name, root / name).path for name in ("chexpert", "nih", "mimic-cxr")}
+def trees(draw_tree) -> dict[str, Path]:
+    return {name: draw_tree(name).path for name in ("chexpert", "nih", "mimic-cxr")}
 
 
 def test_chexpert_has_the_published_columns_numbers_and_paths(trees):
@@ -72,12 +71,14 @@ def test_patients_have_several_images_and_pictures_of_their_own(trees):
         people = Counter(re.search(r"patient\d+|\d{8}", str(path))[0] for path in paths)
         assert max(people.values()) >= 3
         pictures = [Image.open(io.BytesIO(path.read_bytes())) for path in paths]
-        assert len({picture.size for picture in pictures}) > len(paths) // 2
+        is_square = {picture.height == picture.width for picture in pictures}
+        assert is_square == ({True} if name == "nih" else {True, False})
+        assert len({picture.size for picture in pictures}) > 25
         assert {picture.mode for picture in pictures} == {"L"}
 
 
 def test_dicom_files_of_mimic_are_what_the_plan_says(trees):
-    truth = read_json(trees["mimic-cxr"].with_name("mimic-cxr.truth.json"))["images"]
+    truth = read_json(trees["mimic-cxr"].with_name("tree.truth.json"))["images"]
     files = {path.stem: path for path in trees["mimic-cxr"].rglob("*.dcm")}
     odd = Counter(name for image in truth.values() for name in image["odd"])
     assert set(odd) >= {name for name, _ in PICTURES} - {"RGB", "EXIF rotated", "border", "marker"}
@@ -104,3 +105,19 @@ def test_equal_pictures_are_equal_files_in_dicom_too():
     made = [encode_picture(one.picture, "PA", 0) for one in (copy, original)]
     assert made[0] == made[1]
     assert np.frombuffer(made[0], np.uint8).size > 10_000
+
+
+def test_boxes_of_nih_have_the_published_header_and_lie_around_what_was_drawn(trees):
+    lines = (trees["nih"] / "BBox_List_2017.csv").read_text().splitlines()
+    assert lines[0] == "Image Index,Finding Label,Bbox [x,y,w,h],,,"
+    truth = read_json(trees["nih"].with_name("tree.truth.json"))
+    rows = [line.split(",") for line in lines[1:]]
+    assert {row[1] for row in rows} == {*nih._BOXED.values()} - {"Cardiomegaly"}  # has no place
+    for name, label, *numbers in rows:
+        finding = {"Infiltrate": "Infiltration"}.get(label, label)
+        left, top, width, height = map(float, numbers)
+        assert finding in truth["images"][name]["findings"]
+        assert min(left, top, width, height) >= 0
+        assert max(left + width, top + height) <= 1024.001
+        assert truth["boxes"][name][finding] == [left, top, width, height]
+    assert {truth["images"][row[0]]["is_test"] for row in rows} == {True, False}

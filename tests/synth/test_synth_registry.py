@@ -25,8 +25,8 @@ def hashes(root: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module", params=DATASETS)
-def made(request, tmp_path_factory) -> SynthResult:
-    return synthesize(request.param, tmp_path_factory.mktemp("synth") / "tree")
+def made(request, draw_tree) -> SynthResult:
+    return draw_tree(request.param)
 
 
 def test_equal_seeds_give_equal_bytes_and_others_do_not(made, tmp_path):

@@ -1,14 +1,22 @@
 """Synthetic trees that several test modules read and none changes, drawn once a session."""
 
+from functools import cache
+
 import pytest
 
 from featcache.synth.registry import synthesize
 
 
+@pytest.fixture(scope="session")
+def draw_tree(tmp_path_factory):
+    """Draws the tree of a data set by its name, at the first call."""
+    return cache(lambda name: synthesize(name, tmp_path_factory.mktemp(name) / "tree"))
+
+
 def _tree(dataset):
     @pytest.fixture(scope="session", name=f"{dataset.replace('-', '_')}_tree")
-    def tree(tmp_path_factory):
-        return synthesize(dataset, tmp_path_factory.mktemp(dataset) / "tree").path
+    def tree(draw_tree):
+        return draw_tree(dataset).path
 
     return tree
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from featcache.datasets.mimic.tables import read_table
 from featcache.errors import ManifestError
-from featcache.manifest.checks import rows_text
+from featcache.manifest.checks import ROW_COLUMN, rows_text
 from featcache.manifest.masks import Box
 
 LABELS_FILE = "stage_2_train_labels.csv"
@@ -27,7 +27,7 @@ class Labelled(NamedTuple):
     """One image of the label table.
 
     Attributes:
-        row: Its first row, counted without the header.
+        row: Its first row; the header is row 1.
         target: 1 where an opacity was found.
         boxes: Left, top, width, height in pixels; none without an opacity.
     """
@@ -56,9 +56,10 @@ def read_labels(folder: Path) -> tuple[dict[str, Labelled], int]:
     table = read_table(path, ["patientId", *_BOX_COLUMNS, "Target"])
     keys, targets = table["patientId"].to_pylist(), table["Target"].to_pylist()
     cells = zip(*(table[name].to_pylist() for name in _BOX_COLUMNS), strict=True)
+    numbers = table[ROW_COLUMN].to_pylist()
     images: dict[str, Labelled] = {}
     faults: dict[str, list[int]] = defaultdict(list)
-    for row, (key, target, box_cells) in enumerate(zip(keys, targets, cells, strict=True), 1):
+    for row, key, target, box_cells in zip(numbers, keys, targets, cells, strict=True):
         if _KEY.fullmatch(key) is None:
             faults["`patientId` has not the published form"].append(row)
         if target not in _TARGETS:
@@ -105,8 +106,8 @@ def read_class_info(folder: Path, images: dict[str, Labelled]) -> dict[str, str]
     table = read_table(path, ["patientId", "class"])
     classes: dict[str, str] = {}
     faults: dict[str, list[int]] = defaultdict(list)
-    pairs = zip(table["patientId"].to_pylist(), table["class"].to_pylist(), strict=True)
-    for row, (key, name) in enumerate(pairs, 1):
+    cells = (table[name].to_pylist() for name in (ROW_COLUMN, "patientId", "class"))
+    for row, key, name in zip(*cells, strict=True):
         if name not in CLASSES:
             faults[f"`class` is none of {', '.join(CLASSES)}"].append(row)
         elif classes.setdefault(key, name) != name:

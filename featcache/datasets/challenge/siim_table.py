@@ -11,7 +11,7 @@ from featcache.console import note
 from featcache.datasets.challenge import gaps
 from featcache.datasets.mimic.tables import read_table
 from featcache.errors import ManifestError
-from featcache.manifest.checks import rows_text
+from featcache.manifest.checks import ROW_COLUMN, rows_text
 
 TABLES = ("train-rle.csv", "stage_2_train.csv")
 
@@ -20,7 +20,7 @@ class Annotated(NamedTuple):
     """One image of the table.
 
     Attributes:
-        rows: Its rows, counted without the header.
+        rows: Its rows; the header is row 1.
         pairs: Gaps and lengths of each row that holds a mask.
     """
 
@@ -69,8 +69,8 @@ def read_annotations(path: Path) -> tuple[dict[str, Annotated], int]:
     table = read_table(path, ["ImageId", "EncodedPixels"])
     images: dict[str, Annotated] = {}
     faults: dict[str, list[int]] = defaultdict(list)
-    cells = zip(table["ImageId"].to_pylist(), table["EncodedPixels"].to_pylist(), strict=True)
-    for row, (key, cell) in enumerate(cells, 1):
+    cells = (table[name].to_pylist() for name in (ROW_COLUMN, "ImageId", "EncodedPixels"))
+    for row, key, cell in zip(*cells, strict=True):
         if not key:
             faults["`ImageId` is blank"].append(row)
             continue

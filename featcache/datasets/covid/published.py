@@ -4,7 +4,8 @@ The lines of the list in their order go through scikit-learn's `train_test_split
 random_state=0)`. It cuts by image, so patients with several images are on both sides.
 
 Source: HKU-MedAI/MGCA, its data set of COVIDx: the recipe alone. The hashes are over file names in
-the order of the split, recomputed from the list 9A of COVID-Net.
+the order of the split, recomputed from the list 9A of COVID-Net. The test list of CXR-3A has the
+hash of 9A's: it is the same one.
 """
 
 from collections.abc import Sequence

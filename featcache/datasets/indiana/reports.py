@@ -14,6 +14,7 @@ from typing import NamedTuple
 from featcache.console import note
 from featcache.errors import ManifestError
 from featcache.manifest.checks import rows_text
+from featcache.manifest.columns import find_columns
 from featcache.manifest.sheet import column_names, read_sheet
 from featcache.manifest.tree import each_file
 
@@ -60,7 +61,7 @@ class Source:
     Attributes:
         reports: In the order of their names.
         views: View position by image; empty where the form does not know it.
-        unread: Names of report files that are no report.
+        unread: Names of report files that cannot be read, or are no report.
     """
 
     reports: list[Report]
@@ -146,19 +147,25 @@ def read_files(folder: Path) -> Source:
         ManifestError: Two files have one identity, or none is a report.
     """
     paths = sorted(folder.glob("*.xml"), key=lambda path: (len(path.name), path.name))
-    contents = each_file(
-        lambda path: Path(path).read_bytes(), list(map(str, paths)), title="reports", unit="files"
-    )
+    contents = each_file(_read_file, list(map(str, paths)), title="reports", unit="files")
     source = Source([])
     for path, content in zip(paths, contents, strict=True):
-        report = parse_report(content)
+        report = None if content is None else parse_report(content)
         if report is None:
             source.unread.append(path.name)
         else:
             source.reports.append(report)
     if source.unread:
-        note(f"openi: {len(source.unread):,} files are no reports and were left out")
+        note(f"openi: {len(source.unread):,} report files cannot be read and were left out")
     return _checked(source, folder)
+
+
+def _read_file(path: str) -> bytes | None:
+    """A file's bytes; None where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return None
 
 
 def _checked(source: Source, where: Path) -> Source:
@@ -190,9 +197,10 @@ def read_tables(folder: Path) -> Source:
             report, or rows contradict.
     """
     table, pictures = folder / REPORT_TABLE, folder / IMAGE_TABLE
-    reports = _columns(table, ("uid", "MeSH", *SECTIONS))
-    images = _columns(pictures, ("uid", "filename", "projection"))
-    strange = [row for row, uid in enumerate(reports["uid"], start=2) if not _UID.fullmatch(uid)]
+    reports, rows = _columns(table, ("uid", "MeSH", *SECTIONS))
+    images, image_rows = _columns(pictures, ("uid", "filename", "projection"))
+    uids = zip(rows, reports["uid"], strict=True)
+    strange = [row for row, uid in uids if not _UID.fullmatch(uid)]
     if strange:
         raise ManifestError(
             f"`uid` is no whole number: {rows_text(strange)}",
@@ -201,7 +209,8 @@ def read_tables(folder: Path) -> Source:
             "by some program",
         )
     of_report: dict[str, list[str]] = {uid: [] for uid in reports["uid"]}
-    lost = [row for row, uid in enumerate(images["uid"], start=2) if uid not in of_report]
+    uids = zip(image_rows, images["uid"], strict=True)
+    lost = [row for row, uid in uids if uid not in of_report]
     if lost:
         raise ManifestError(f"images of no report in {REPORT_TABLE}: {rows_text(lost)}",
                             where=pictures)  # fmt: skip
@@ -218,20 +227,16 @@ def read_tables(folder: Path) -> Source:
     return _checked(Source(found, views), folder)
 
 
-def _columns(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
-    """Some columns of a table as stripped text.
+def _columns(path: Path, wanted: Sequence[str]) -> tuple[dict[str, list[str]], list[int]]:
+    """Some columns of a table as stripped text, and the number of each row.
 
     Raises:
-        ManifestError: One of them is missing.
+        ManifestError: One of them is missing, or two have one name.
     """
-    names = {name.strip().casefold(): name for name in column_names(path)}
-    missing = [name for name in wanted if name.casefold() not in names]
-    if missing:
-        listed = ", ".join(f"`{name}`" for name in missing)
-        seen = ", ".join(f"`{name}`" for name in names)
-        raise ManifestError(f"the table has no column {listed}; it has {seen}", where=path)
-    sheet = read_sheet(path, [names[name.casefold()] for name in wanted])
-    return {
-        name: [(cell or "").strip() for cell in sheet.columns[names[name.casefold()]].to_pylist()]
-        for name in wanted
+    names = find_columns(column_names(path), wanted, path)
+    sheet = read_sheet(path, list(names.values()))
+    cells = {
+        name: [(cell or "").strip() for cell in sheet.columns[there].to_pylist()]
+        for name, there in names.items()
     }
+    return cells, sheet.numbers.tolist()

@@ -26,10 +26,11 @@ from featcache.datasets.mimic.tables import (
 )
 from featcache.errors import ManifestError
 from featcache.manifest.checks import rows_text
+from featcache.manifest.decoded import write_stated_sizes
 from featcache.manifest.files import glance
 from featcache.manifest.funnel import Funnel
 from featcache.manifest.table import Manifest, write_manifest
-from featcache.manifest.tree import SYNTHETIC_NOTE, each_file, is_synthetic
+from featcache.manifest.tree import SYNTHETIC_NOTE, each_file, file_faults, is_synthetic
 
 FRONTAL_VIEWS = ("AP", "PA")
 _SIZE = ("Rows", "Columns")
@@ -65,12 +66,6 @@ def compare_with_published(images: pa.Table) -> str:
         return "complete, as published"
     parts = [f"{have[what]:,} of {number:,} {what}" for what, number in PUBLISHED.items()]
     return "a part, or an unknown version: " + ", ".join(parts)
-
-
-def with_row_numbers(table: pa.Table) -> pa.Table:
-    """Add `row`, counted from 1."""
-    numbers = np.arange(1, table.num_rows + 1, dtype=np.int64)
-    return table.append_column("row", pa.array(numbers))
 
 
 def blank_to_null(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -109,9 +104,7 @@ def read_metadata(folder: Path, funnel: Funnel | None) -> pa.Table:
     view = blank_to_null(table["ViewPosition"])
     table = table.drop_columns("ViewPosition").append_column("view_position", view)
     opened = Funnel() if funnel is None else funnel
-    return distinct_images(
-        with_row_numbers(table), ["view_position"], path, opened, "metadata table"
-    )
+    return distinct_images(table, ["view_position"], path, opened, "metadata table")
 
 
 def with_split(folder: Path, images: pa.Table, funnel: Funnel) -> pa.Table:
@@ -178,7 +171,7 @@ def with_file(
         size[number], shape[number] = one.size_bytes, (one.height, one.width)
     _compare_sizes(images, shape)
     images = images.append_column("image_path", paths)
-    faults = {"missing file": size < 0, "zero bytes": size == 0}
+    faults = file_faults(size)
     kept = funnel.keep(images, "images with a file", faults)
     if not kept.num_rows:
         raise ManifestError(
@@ -272,7 +265,7 @@ def finish(
     faults = {str(name): reason == name for name in np.unique(reason) if name}
     images = funnel.keep(images, "images with a text", faults)
     synthetic = is_synthetic(folder)
-    return write_manifest(
+    manifest = write_manifest(
         out,
         _image_columns(images, release),
         text_columns(images, reports.texts),
@@ -284,6 +277,16 @@ def finish(
         synthetic=synthetic,
         text_unit=options.text_unit,
     )
+    _keep_sizes(manifest, images)
+    return manifest
+
+
+def _keep_sizes(manifest: Manifest, images: pa.Table) -> None:
+    """Keep what the metadata table says of each picture's size, for the checks."""
+    if set(_SIZE) <= set(images.column_names):
+        said = [pa.array(_whole_numbers(images[name])) for name in _SIZE]
+        sizes = {"key": images["dicom_id"], "height": said[0], "width": said[1]}
+        write_stated_sizes(manifest, pa.table(sizes))
 
 
 def _image_columns(images: pa.Table, release: Release) -> pa.Table:

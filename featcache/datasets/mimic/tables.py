@@ -2,6 +2,8 @@
 
 import csv
 import gzip
+import io
+import itertools
 import re
 import zlib
 from collections.abc import Sequence
@@ -11,9 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
+from jaxtyping import Int64
 
-from featcache.errors import ManifestError, nearest
-from featcache.manifest.checks import conflict_sentence, distinct_rows, rows_text
+from featcache.errors import ManifestError
+from featcache.manifest.checks import ROW_COLUMN, conflict_sentence, distinct_rows, rows_text
+from featcache.manifest.columns import find_columns
 
 LABELS = (
     "Atelectasis",
@@ -83,46 +87,71 @@ def read_table(path: Path, columns: Sequence[str], *, optional: Sequence[str] = 
         columns: Must be there, by whatever case.
         optional: May be there.
 
+    Returns:
+        The columns, and `row` (int64): its number as a spreadsheet program counts, where the header
+        is row 1.
+
     Raises:
-        ManifestError: It is damaged, or a column is missing.
+        ManifestError: It is damaged, a column is missing, or two columns have one name.
     """
-    opened = gzip.open if path.suffix == ".gz" else open
     damaged = ManifestError("the table cannot be read: it is cut off or damaged", where=path)
     try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file), [])
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with _lines(content) as lines:
+            header = next(filter(None, csv.reader(lines)), [])
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error):
         raise damaged from None
-    actual = {name.strip().casefold(): name.removeprefix("\ufeff") for name in header}
-    missing = [name for name in columns if name.casefold() not in actual]
-    if missing:
-        names = ", ".join(f"`{name}`" for name in missing)
-        seen = nearest(missing[0], [name.strip() for name in header])
-        raise ManifestError(f"the table has no column {names}; {seen}", where=path)
-    columns = [*columns, *(name for name in optional if name.casefold() in actual)]
-    wanted = [actual[name.casefold()] for name in columns]
+    names = {name.strip().casefold() for name in header}
+    there = [name for name in optional if name.casefold() in names]
+    wanted = find_columns(header, [*columns, *there], path)
     try:
         table = pacsv.read_csv(
-            path,
+            pa.BufferReader(content),
             # One thread: only then does an error name its row.
             read_options=pacsv.ReadOptions(use_threads=False),
             convert_options=pacsv.ConvertOptions(
-                include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string())
+                include_columns=list(wanted.values()),
+                column_types=dict.fromkeys(wanted.values(), pa.string()),
             ),
         )
     except (pa.ArrowException, OSError) as error:
-        row = re.search(r"Row #(\d+)", str(error))  # the rest of the message quotes the row
-        if row is None:
+        at = re.search(r"Row #(\d+)", str(error))  # the rest of the message quotes the row
+        if at is None:
             raise damaged from None
+        row = _row_numbers(content, int(at[1]))[-1]
         raise ManifestError(
-            f"line {row[1]} has another number of fields than the header", where=path
+            f"row {row} has another number of fields than the header", where=path
         ) from None
-    stripped = [pc.utf8_trim_whitespace(table[name]) for name in wanted]
-    return pa.table(dict(zip(columns, stripped, strict=True)))
+    found = {name: pc.utf8_trim_whitespace(table[there]) for name, there in wanted.items()}
+    numbers = _row_numbers(content, table.num_rows + 1)[1:]
+    return pa.table({**found, ROW_COLUMN: pa.array(numbers)})
+
+
+def _lines(content: bytes) -> io.TextIOWrapper:
+    """A table's bytes as text."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
+
+
+def _row_numbers(content: bytes, count: int) -> Int64[np.ndarray, " N"]:
+    """Number of each row that is not blank, the header included, as a spreadsheet program counts.
+
+    Args:
+        content: The table's bytes; read a second time only if there are blank lines among them.
+        count: How many rows to number.
+    """
+    if re.search(rb"^\s|\n\r?\n", content) is None:
+        return np.arange(1, count + 1, dtype=np.int64)
+    with _lines(content) as lines:
+        filled = (number for number, row in enumerate(csv.reader(lines), 1) if row)
+        return np.fromiter(itertools.islice(filled, count), np.int64, count)
 
 
 def check_ids(table: pa.Table, path: Path) -> None:
     """See that identifiers have the published form, and none went through a number.
+
+    Args:
+        table: Of `read_table`.
+        path: For the message.
 
     Raises:
         ManifestError: Some do not; rows are named, identifiers are not.
@@ -131,9 +160,9 @@ def check_ids(table: pa.Table, path: Path) -> None:
     for name, pattern in _PATTERNS.items():
         if name in table.column_names:
             is_wrong = pc.invert(pc.match_substring_regex(table[name], pattern))
-            rows = np.flatnonzero(is_wrong.to_numpy())
+            rows = table[ROW_COLUMN].filter(is_wrong).to_numpy()
             if len(rows):
-                problems.append(f"`{name}` has not the published form: {rows_text(rows + 1)}")
+                problems.append(f"`{name}` has not the published form: {rows_text(rows)}")
                 wrong = table[name].filter(is_wrong)
                 numeric = pc.match_substring_regex(wrong, r"^[0-9.]+(\.0|[eE]\+?[0-9]+)$")
                 looks_like_float |= bool(pc.any(numeric).as_py())
@@ -147,12 +176,18 @@ def check_ids(table: pa.Table, path: Path) -> None:
 def distinct(table: pa.Table, by: str, same: Sequence[str], path: Path) -> pa.Table:
     """Merge rows that repeat.
 
+    Args:
+        table: With `row`.
+        by: Column that identifies a row.
+        same: Columns that must be equal in rows of the same identity.
+        path: For the message.
+
     Raises:
         ManifestError: Rows of the same identity contradict each other.
     """
     kept, conflicts = distinct_rows(table, [by], same=same)
     if len(conflicts):
-        numbers = np.arange(1, table.num_rows + 1, dtype=np.int64)
+        numbers = table[ROW_COLUMN].to_numpy()
         raise ManifestError(conflict_sentence(f"the same `{by}`", conflicts, numbers), where=path)
     return table.take(np.sort(kept))
 
@@ -173,17 +208,17 @@ def read_labels(folder: Path, kind: str) -> pa.Table | None:
     # The radiologist's table calls one of them otherwise.
     other = {"Lung Opacity": "Airspace Opacity"} if kind == "radiologist" else {}
     table = read_table(path, ["study_id", *(other.get(name, name) for name in LABELS)])
-    table = table.rename_columns(["study_id", *LABELS])
+    table = table.rename_columns(["study_id", *LABELS, ROW_COLUMN])
     check_ids(table, path)
-    columns, problems = {"study_id": table["study_id"]}, []
+    columns, problems = {name: table[name] for name in ("study_id", ROW_COLUMN)}, []
     cells = pa.array([*_LABEL_CELLS, ""])
     values = pa.array([*_LABEL_CELLS.values(), None], pa.int8())
     for name in LABELS:
         place = pc.index_in(table[name], cells)
-        rows = np.flatnonzero(pc.is_null(place).to_numpy())
+        rows = table[ROW_COLUMN].filter(pc.is_null(place)).to_numpy()
         if len(rows):
-            problems.append(f"`{name}` is none of 1.0, 0.0, -1.0, blank: {rows_text(rows + 1)}")
+            problems.append(f"`{name}` is none of 1.0, 0.0, -1.0, blank: {rows_text(rows)}")
         columns[name] = pa.chunked_array([values.take(chunk) for chunk in place.chunks], pa.int8())
     if problems:
         raise ManifestError("\n  ".join(problems), where=path)
-    return distinct(pa.table(columns), "study_id", LABELS, path)
+    return distinct(pa.table(columns), "study_id", LABELS, path).drop_columns(ROW_COLUMN)

@@ -1,0 +1,1 @@
+"""What the reader of NIH ChestX-ray14 is made of."""

@@ -1,0 +1,1 @@
+"""What a table of one's own has in its first row."""
