@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 # Two test processes on two cores: busy-waiting threads of one would slow the other.
@@ -10,13 +11,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 from conftest_extract import copied, extracted
 from reliability.kit import finished, launcher, tiny
-from synth.trees import covidx_tree, mimic_cxr_jpg_tree, rsna_tree, siim_tree
+from synth.trees import covidx_tree, draw_tree, mimic_cxr_jpg_tree, rsna_tree, siim_tree
 
 from featcache.console import set_quiet
 
 __all__ = [
     "copied",
     "covidx_tree",
+    "draw_tree",
     "extracted",
     "finished",
     "launcher",
@@ -34,6 +36,25 @@ def loud():
     logger = logging.getLogger("featcache")
     logger.handlers.clear()
     logger.propagate = True
+
+
+@pytest.fixture(scope="session")
+def open_files():
+    """How many descriptors this process has of a file, or of the files in a folder.
+
+    Others do not count: threads that an earlier test left open and close some all the time.
+    """
+
+    def count(place: Path) -> int:
+        found = 0
+        for link in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                found += link.readlink().is_relative_to(place)
+        return found
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("the system does not list open files")
+    return count
 
 
 @pytest.fixture

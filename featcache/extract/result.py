@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from featcache.console import duration
+from featcache.console import duration, size
 from featcache.encoders.forward import PartStats, Times
 
 _STAGES = {"decode": "decoding", "encode": "encoding", "write": "writing"}
@@ -62,7 +62,8 @@ class SetResult:
         """One or more lines for a person."""
         line = f"{self.name} of {self.dataset}: {self.rows:,} rows in {count(self.shards, 'shard')}"
         if dry_run:
-            return f"{line}, {self.shards - self.missing_shards} complete already"
+            stored = f", {size(self.rows * self.row_bytes)} of tokens" if self.row_bytes else ""
+            return f"{line}{stored}, {self.shards - self.missing_shards} complete already"
         if not self.missing_shards:
             line += ", complete already: nothing to do"
         elif self.missing_shards < self.shards:

@@ -106,7 +106,7 @@ class Space:
         where = [] if "--root" in arguments else ["--root", str(self.root)]
         process = self.processes.Process(target=run, args=([*arguments, *where], self.errors, hurt))
         process.start()
-        process.join(120)
+        process.join(300)
         return process.exitcode
 
     def said(self):

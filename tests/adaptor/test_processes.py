@@ -89,6 +89,6 @@ def test_a_rank_that_dies_ends_the_training_in_words(space):
 def test_rank_0_does_not_wait_for_ever_for_one_that_is_gone(processes, tmp_path):
     process = processes.Process(target=wait_for_ever, args=(tmp_path, tmp_path / "errors.txt"))
     process.start()
-    process.join(90)
+    process.join(300)
     assert process.exitcode == 1
     assert "error: this folder is no feature set" in (tmp_path / "errors.txt").read_text()

@@ -27,7 +27,7 @@ def found(tmp_path_factory):
         subprocess.Popen([*command, str(rank), str(RANKS), str(folder)], env=environment)
         for rank in range(RANKS)
     ]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
     return [load_file(folder / f"{rank}.safetensors") for rank in range(RANKS)]
 
 

@@ -1,6 +1,7 @@
 """Rivals read what was written for them, and one that is not installed is named."""
 
 from dataclasses import replace
+from statistics import median
 
 import numpy as np
 import pytest
@@ -75,11 +76,13 @@ def test_the_best_rival_counts_and_a_missing_one_is_named(
     only(monkeypatch, name, *rivals)
     monkeypatch.setattr(peers, "cores", lambda: 1)
     measured = measure(Setting(tmp_path, 2, quick=True, quiet=True))
-    detail = measured.detail
+    detail, once = measured.detail, measured.detail["ran_once"]
     assert set(detail["ratio_to_each"]) == set(rivals)
-    assert {OURS, COPY, *rivals} == {*detail["seconds_per_pass"], *detail["ran_once"]}
+    assert {OURS, COPY, *rivals} == {*detail["seconds_per_pass"], *once}
     assert detail["missing"] == ["absent"]
-    assert detail["best_peer"] == min(rivals, key=lambda one: detail["ratio_to_each"][one])
+    # One that was much slower at first runs once; noise may turn the order of two ratios.
+    medians = {one: median(detail["seconds_per_pass"][one]) for one in rivals if one not in once}
+    assert medians[detail["best_peer"]] == min(medians.values())
     assert len(measured.runs) == 2
 
 

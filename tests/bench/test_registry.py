@@ -14,6 +14,8 @@ PROMISED = {
     "multi_encoder": 1.05,
     "workers_2": 1.8,
     "extract_scaling": 1.15,
+    "manifest_million[seconds]": 120,
+    "manifest_million[gb]": 2,
     "verify_vs_memcpy": 0.5,
     "int8_bytes": 0.51,
     "int8_probe_flips": 1.0,

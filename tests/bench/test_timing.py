@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+from reliability.kit import wait_until
 
 from featcache.bench.case import Setting
 from featcache.bench.timing import (
@@ -18,7 +19,7 @@ from featcache.bench.timing import (
 )
 from featcache.console import is_quiet, note
 
-HOLD_64_MB = "b = bytearray(64 * 2**20); import time; time.sleep(0.5)"
+HOLD_64_MB = "b = bytearray(64 * 2**20); import sys; sys.stdin.read()"
 
 
 def test_contestants_take_turns_and_none_always_comes_first(tmp_path):
@@ -35,8 +36,11 @@ def test_contestants_take_turns_and_none_always_comes_first(tmp_path):
 
 
 def test_the_memory_of_a_child_is_not_counted_as_ours():
-    with watch_memory() as memory:
-        subprocess.run([sys.executable, "-c", HOLD_64_MB], check=True)
+    command = [sys.executable, "-c", HOLD_64_MB]
+    with watch_memory() as memory, subprocess.Popen(command, stdin=subprocess.PIPE) as child:
+        wait_until(lambda: memory.child_bytes >= 64 * 2**20)
+        child.stdin.close()
+    assert child.returncode == 0
     assert memory.child_bytes >= 64 * 2**20
     assert memory.own_bytes > 0
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest_extract import CONFIG, sample_rows, shard_hashes, write_sample_manifest
 
+from featcache import cluster
 from featcache.cache.reader import FeatureSet
 from featcache.datasets.sample import sample_folder
 from featcache.encoders.decode import decode_image, to_input
@@ -30,6 +31,12 @@ from featcache.workspace import Workspace
 pytestmark = pytest.mark.weights
 
 BOTH = {"backbones": ["lite0-demo"], "text_encoders": ["minilm-demo"]}
+
+
+@pytest.fixture(scope="module")
+def running(tiny):
+    """The settings, with a worker that runs already: for tests that ask nothing about its start."""
+    return CONFIG.model_copy(update={"scheduler": tiny.scheduler})
 
 
 def test_cached_image_tokens_are_those_of_the_encoder(extracted):
@@ -79,17 +86,17 @@ def test_two_workers_make_the_bytes_of_one(extracted, tmp_path):
     assert len(shard_hashes(workspace)) == 4
 
 
-def test_only_missing_shards_are_made(copied, extracted):
+def test_only_missing_shards_are_made(copied, extracted, running):
     folder = copied.feature_set("image")
     (folder / "shard-000001.h5").unlink()
     kept = (folder / "shard-000000.h5").stat().st_mtime_ns
-    result = extract(copied, CONFIG, **BOTH)
+    result = extract(copied, running, **BOTH)
     assert result.sets[0].missing_shards == 1
     assert (folder / "shard-000000.h5").stat().st_mtime_ns == kept
     assert shard_hashes(copied) == shard_hashes(extracted)
 
 
-def test_an_unreadable_picture_is_quarantined_and_shifts_no_row(extracted, tmp_path):
+def test_an_unreadable_picture_is_quarantined_and_shifts_no_row(extracted, running, tmp_path):
     images = tmp_path / "pictures"
     rows = sample_rows(20)
     (images / "images").mkdir(parents=True)
@@ -100,7 +107,7 @@ def test_an_unreadable_picture_is_quarantined_and_shifts_no_row(extracted, tmp_p
     victim.write_bytes(whole[: len(whole) * 6 // 10])
     workspace = write_sample_manifest(tmp_path / "ws", rows, image_root=images)
     with pytest.raises(EncoderError, match="1 unreadable row of 20") as caught:
-        extract(workspace, CONFIG, backbones=["lite0-demo"], text_encoders=["none"])
+        extract(workspace, running, backbones=["lite0-demo"], text_encoders=["none"])
     assert "failures.parquet" in str(caught.value)
     got = FeatureSet.open(workspace.feature_set("image"))
     clean = FeatureSet.open(extracted.feature_set("image"))
@@ -110,7 +117,7 @@ def test_an_unreadable_picture_is_quarantined_and_shifts_no_row(extracted, tmp_p
     np.testing.assert_array_equal(got.read_tokens(others), clean.read_tokens(others))
     assert not got.read_tokens(np.asarray([bad])).any()
 
-    allowed = CONFIG.model_copy(update={"max_failures": 1.0})
+    allowed = running.model_copy(update={"max_failures": 1.0})
     result = extract(workspace, allowed, text_encoders=["none"])
     assert "1 unreadable row" in result.to_text()
     victim.write_bytes(whole)
@@ -123,14 +130,14 @@ def test_an_unreadable_picture_is_quarantined_and_shifts_no_row(extracted, tmp_p
     )
 
 
-def test_a_changed_picture_is_refused_by_its_key(copied, tmp_path):
+def test_a_changed_picture_is_refused_by_its_key(running, tmp_path):
     rows = sample_rows(20)
     pictures = tmp_path / "pictures"
     (pictures / "images").mkdir(parents=True)
     for row in rows:
         shutil.copy2(sample_folder() / row["image_path"], pictures / row["image_path"])
     workspace = write_sample_manifest(tmp_path / "ws", rows[:4], image_root=pictures)
-    one = CONFIG.model_copy(update={"batch_size": 2})
+    one = running.model_copy(update={"batch_size": 2})
     extract(workspace, one, backbones=["lite0-demo"], text_encoders=["none"])
     os.utime(pictures / rows[2]["image_path"], ns=(1, 1))
     with pytest.raises(CacheError, match=rows[2]["key"]):
@@ -160,19 +167,19 @@ def test_an_unknown_backbone_offers_the_nearest(copied):
         extract(copied, CONFIG, backbones=["vitb"])
 
 
-def test_none_leaves_a_side_out_and_both_none_is_refused(extracted, tmp_path):
+def test_none_leaves_a_side_out_and_both_none_is_refused(running, tmp_path):
     workspace = write_sample_manifest(tmp_path, sample_rows(4), image_root=sample_folder())
-    result = extract(workspace, CONFIG, backbones=["none"], text_encoders=["minilm-demo"])
+    result = extract(workspace, running, backbones=["none"], text_encoders=["minilm-demo"])
     assert [made.name for made in result.sets] == ["text/minilm-demo"]
     with pytest.raises(UsageError, match="both sides are none"):
         extract(workspace, CONFIG, backbones=["none"], text_encoders=["none"])
 
 
-def test_a_manifest_without_texts_is_image_only(tmp_path):
+def test_a_manifest_without_texts_is_image_only(running, tmp_path):
     workspace = write_sample_manifest(
         tmp_path, sample_rows(4), image_root=sample_folder(), texts=False
     )
-    result = extract(workspace, CONFIG, backbones=["lite0-demo"])
+    result = extract(workspace, running, backbones=["lite0-demo"])
     assert [made.name for made in result.sets] == ["image/lite0-demo"]
 
 
@@ -182,18 +189,14 @@ def test_a_dry_run_plans_and_makes_nothing(tmp_path):
     assert result.sets[0].missing_shards == 1
     assert not list(workspace.features.rglob("*.h5"))
     assert "wrote" not in result.to_text()
+    assert "4 rows in 1 shard, 501.8 kB of tokens, 0 complete already" in result.to_text()
     assert workspace.current("image") is None
 
 
-def start(root, *options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "featcache.cli", "extract", "--backbone", "lite0-demo"]
+def arguments(root) -> list[str]:
     settings = ["--set", "batch_size=4", "--set", "threads=1", "--set", "shard_mb=1"]
-    return subprocess.Popen(
-        [*command, "--text-encoder", "none", *settings, "--root", str(root), *options],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    sides = ["--backbone", "lite0-demo", "--text-encoder", "none"]
+    return ["extract", *sides, *settings, "--root", str(root)]
 
 
 def wait_for_shards(folder, count: int) -> None:
@@ -203,34 +206,49 @@ def wait_for_shards(folder, count: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_a_stopped_run_goes_on_to_the_same_bytes(number, code, extracted, tmp_path):
-    workspace = write_sample_manifest(tmp_path, sample_rows(20), image_root=sample_folder())
-    process = start(tmp_path)
-    wait_for_shards(workspace.features / "image/lite0-demo", 1)
-    os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == code, error
-    assert "Traceback" not in error
-    if number == signal.SIGINT:
-        assert "the same command goes on" in error
-    extract(workspace, CONFIG, backbones=["lite0-demo"], text_encoders=["none"])
+def check_that_it_goes_on(workspace, extracted, running) -> None:
+    extract(workspace, running, backbones=["lite0-demo"], text_encoders=["none"])
     want = {k: v for k, v in shard_hashes(extracted).items() if "image" in k}
     assert shard_hashes(workspace) == want
     assert not list(workspace.features.rglob("*.partial-*"))
 
 
-def test_a_running_scheduler_serves_as_well(extracted, tmp_path):
-    from featcache.cluster import connect, local_workers
-
+def test_a_killed_run_goes_on_to_the_same_bytes(extracted, running, launcher, tmp_path):
     workspace = write_sample_manifest(tmp_path, sample_rows(20), image_root=sample_folder())
-    with connect(None, local_workers("cpu", 2, 1)) as client:
-        address = client.scheduler.address
-        extract(workspace, CONFIG.model_copy(update={"scheduler": address}), **BOTH)
+    command = launcher.start(arguments(tmp_path))
+    wait_for_shards(workspace.features / "image/lite0-demo", 1)
+    command.kill()
+    code, error = command.wait()
+    assert code == -signal.SIGKILL, error
+    assert "Traceback" not in error
+    check_that_it_goes_on(workspace, extracted, running)
+
+
+def test_ctrl_c_says_how_to_go_on_to_the_same_bytes(extracted, running, tmp_path):
+    workspace = write_sample_manifest(tmp_path, sample_rows(20), image_root=sample_folder())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "featcache.cli", *arguments(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_shards(workspace.features / "image/lite0-demo", 1)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=300)[1]
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert "the same command goes on" in error
+    check_that_it_goes_on(workspace, extracted, running)
+
+
+def test_a_running_scheduler_serves_as_well(extracted, running, tmp_path):
+    workspace = write_sample_manifest(tmp_path, sample_rows(20), image_root=sample_folder())
+    extract(workspace, running, **BOTH)
     assert shard_hashes(workspace) == shard_hashes(extracted)
 
 
-def test_no_scheduler_at_the_address_is_said(copied):
+def test_no_scheduler_at_the_address_is_said(copied, monkeypatch):
+    monkeypatch.setattr(cluster, "ANSWER_S", 1)
     (copied.feature_set("image") / "shard-000001.h5").unlink()
     config = CONFIG.model_copy(update={"scheduler": "tcp://127.0.0.1:9"})
     with pytest.raises(UsageError, match="no Dask scheduler answers"):

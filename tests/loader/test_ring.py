@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,10 +25,6 @@ def copy_set(features, folder):
     for path in features.folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     return FeatureSet.open(folder)
-
-
-def open_files():
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def in_a_fork(function, timeout_s=30):
@@ -142,17 +137,18 @@ def test_a_new_pass_ends_the_one_before(made, loader_threads):
     assert loader_threads() == []
 
 
-def test_a_dropped_loader_is_collected_with_threads_and_files(made, loader_threads):
+def test_a_dropped_loader_is_collected_with_threads_and_files(made, loader_threads, open_files):
     loader = TokenLoader(made.cache, 4, io="pread")
     iterator = iter(loader)
     next(iterator)
-    before = open_files()
+    folder = made.cache.images.folder
+    before = open_files(folder)
     gone = weakref.ref(loader)
     del loader, iterator
     gc.collect()
     assert gone() is None
     assert loader_threads() == []
-    assert open_files() < before
+    assert open_files(folder) < before
 
 
 def test_an_error_in_a_thread_reaches_the_consumer(made, tmp_path, loader_threads):

@@ -179,7 +179,7 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def wait_until(fact, limit_s=60.0, every_s=0.01):
+def wait_until(fact, limit_s=300.0, every_s=0.01):
     """What a function gives as soon as it is true."""
     deadline = time.monotonic() + limit_s
     while not (value := fact()):
@@ -197,7 +197,7 @@ class Command:
     error_file: Path
     ended: "queue.Queue[int]" = field(default_factory=queue.Queue)
 
-    def wait(self, limit_s=90.0) -> tuple[int, str]:
+    def wait(self, limit_s=300.0) -> tuple[int, str]:
         """Exit code, and what it said."""
         code = self.ended.get(timeout=limit_s)
         return code, self.error_file.read_text()
@@ -247,7 +247,7 @@ class Launcher:
         order = {"arguments": arguments, "environment": environment, "error": str(error)}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        command = Command(self._started.get(timeout=120), error)
+        command = Command(self._started.get(timeout=300), error)
         with self._lock:
             self._running[command.pid] = command
             if command.pid in self._early:

@@ -16,13 +16,23 @@ from featcache.encoders.task import Part, ShardTask, make_shards
 from featcache.extract.prepare import Admission, prepare
 from featcache.manifest.table import open_manifest
 
-# A run on this set takes less than a second up to its last shard; two workers start later.
-SPAN_S = 0.8
+SHARDS = 5
 
 
 @pytest.fixture
 def images(finished):
     return {name: value for name, value in content(finished).items() if name.startswith("image")}
+
+
+def seconds_to_the_last_shard(tiny, launcher, root):
+    """How long a run takes, on this machine and beside what else runs there now."""
+    workspace = tiny.workspace(root)
+    command = launcher.start(tiny.arguments(workspace))
+    started = time.monotonic()
+    wait_until(lambda: len(list(workspace.features.rglob("*.h5"))) == SHARDS)
+    taken = time.monotonic() - started
+    assert command.wait()[0] == 0
+    return taken
 
 
 def kill_at_random(tiny, launcher, root, count, seed):
@@ -33,15 +43,16 @@ def kill_at_random(tiny, launcher, root, count, seed):
         many complete shards.
     """
     launcher.run(["--help"])  # it has imported everything now
+    span_s = seconds_to_the_last_shard(tiny, launcher, root / "timed")
     generator = random.Random(seed)
     made, found = [], []
     while len(found) < count:
         workspace = tiny.workspace(root / str(len(made)))
         made.append(workspace)
         complete = 0
-        while complete < 5 and len(found) < count:
+        while complete < SHARDS and len(found) < count:
             command = launcher.start(tiny.arguments(workspace))
-            time.sleep(generator.uniform(0, SPAN_S))
+            time.sleep(generator.uniform(0, span_s))
             command.kill()
             code, said = command.wait()
             if code == 0:  # it was faster: no kill
