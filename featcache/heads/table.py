@@ -77,7 +77,8 @@ class Estimate:
             return "undefined"
 
         def number(value: float) -> str:
-            return f"{round(value * scale, decimals) + 0.0:.{decimals}f}"  # never -0.0
+            stored = round(value, DIGITS)  # so that what is read back gives the same text
+            return f"{round(stored * scale, decimals) + 0.0:.{decimals}f}"  # never -0.0
 
         words = number(self.mean)
         if self.sd is not None:
