@@ -5,7 +5,9 @@
 # Uses the current run of the workspace; if nothing was trained yet, the demo's training runs first.
 set -eu
 main=${FEATCACHE_ROOT:-featcache-data}
-root=$main/finetune-chexpert
+own=finetune-chexpert
+[ -n "${CHEXPERT:-}" ] || own=$own-stand-in
+root=$main/$own
 featcache demo --unless-trained --root "$main"
 featcache manifest chexpert "${CHEXPERT:-synthetic}" --root "$root"
 featcache extract --run "$main" --text-encoder none --root "$root"

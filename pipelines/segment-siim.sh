@@ -3,12 +3,14 @@
 #   SIIM=/path/to/siim sh pipelines/segment-siim.sh      without SIIM: a synthetic stand-in
 #   DECODER=conv      a light convolutional decoder instead of a linear one
 #   SETTINGS="--set seeds=1 --set steps=100"             of segment
-#   SIIM_ROOT=DIR      another folder than segment-siim/ in the workspace
+#   SIIM_ROOT=DIR      another folder than segment-siim/ (of a stand-in segment-siim-stand-in/)
 # Uses the current run of the workspace; if nothing was trained yet, the demo's training runs first.
 # Interrupted, the same command goes on.
 set -eu
 main=${FEATCACHE_ROOT:-featcache-data}
-root=${SIIM_ROOT:-$main/segment-siim}
+own=segment-siim
+[ -n "${SIIM:-}" ] || own=$own-stand-in
+root=${SIIM_ROOT:-$main/$own}
 featcache demo --unless-trained --root "$main"
 featcache manifest siim "${SIIM:-synthetic}" --root "$root"
 featcache extract --run "$main" --text-encoder none --root "$root"

@@ -222,10 +222,15 @@ def _find_files(
 ) -> tuple[list[str], Int64[np.ndarray, " N"]]:
     """Path of each image below the folder, and its size in bytes; -1 when it is not there.
 
-    Some copies spell `COVID(1).png` as `COVID-1.png`; both are looked for.
+    Some copies spell `COVID(1).png` as `COVID-1.png`; both are looked for, unless the second is an
+    image of its own.
     """
-    other_names = [_NUMBERED.sub(r"\1-\2\3", entry.key) for entry in entries]
-    listed = file_sizes(folder, [entry.key for entry in entries])
+    keys = [entry.key for entry in entries]
+    spelled, taken = [_NUMBERED.sub(r"\1-\2\3", key) for key in keys], set(keys)
+    other_names = [
+        key if other in taken else other for key, other in zip(keys, spelled, strict=True)
+    ]
+    listed = file_sizes(folder, keys)
     renamed = file_sizes(folder, other_names)
     is_other = (listed <= 0) & (renamed > listed)
     count = int(is_other.sum())

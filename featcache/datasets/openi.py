@@ -150,13 +150,25 @@ def _write_list(path: Path, names: Sequence[str]) -> None:
 def _image_files(root: Path) -> dict[str, str]:
     """Path below the root of each image, by its plain name; of several forms the first by path."""
     found: dict[str, str] = {}
-    for place, folders, files in os.walk(root):
-        folders.sort()
+    above = set(root.resolve().parents)
+    seen = {root.resolve()}  # where links have led: none is followed in a circle
+    for place, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if _is_new(Path(place) / name, above, seen)]
         for file in sorted(files):
             if IMAGE_NAME.search(file):
                 path = (Path(place) / file).relative_to(root).as_posix()
                 found.setdefault(plain_name(file), path)
     return found
+
+
+def _is_new(folder: Path, above: set[Path], seen: set[Path]) -> bool:
+    """Whether a folder is no link, or one that leads to where nothing was looked at yet."""
+    if not folder.is_symlink():
+        return True
+    target = folder.resolve()
+    is_new = target not in above and seen.isdisjoint((target, *target.parents))
+    seen.add(target)
+    return is_new
 
 
 def _with_files(source: Source, root: Path, funnel: Funnel) -> tuple[pa.Table, list[str]]:

@@ -59,6 +59,7 @@ def look_at_pictures(manifest: Manifest, *, workers: int | None = None) -> Decod
     reasons: list[str] = []
     shape = np.empty((len(once), 2), dtype=np.int32)
     signatures = np.empty((len(once), 4), dtype=np.uint64)
+    num_bad = 0
     with (
         ThreadPoolExecutor(workers) as pool,
         task("decode every picture", len(once)) as progress,
@@ -68,7 +69,7 @@ def look_at_pictures(manifest: Manifest, *, workers: int | None = None) -> Decod
             for index, look in enumerate(pool.map(_look, block), start):
                 reasons.append(sys.intern(look.reason))
                 shape[index], signatures[index] = look.shape, look.signature
-            num_bad = len(reasons) - reasons.count("")
+                num_bad += bool(look.reason)
             progress.update(len(reasons), note=f"{num_bad:,} unreadable")
     place = {path: index for index, path in enumerate(once)}
     rows = np.array([place[path] for path in paths], dtype=np.int64)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from featcache.cache.format import FeatureSetSpec
 from featcache.cache.reader import FeatureSet
@@ -10,7 +10,7 @@ from featcache.config import Config
 from featcache.errors import ManifestError, UsageError
 from featcache.heads import scores
 from featcache.heads.findings import finding_names, labelled_findings
-from featcache.heads.labels import LabelledImages, LabelPolicy, labelled_images
+from featcache.heads.labels import PREFIX, LabelledImages, LabelPolicy, labelled_images
 from featcache.heads.vectors import POOLINGS, Pooling
 from featcache.manifest.table import Manifest
 
@@ -72,6 +72,12 @@ class ProbeConfig(Config):
     max_steps: PositiveInt = Field(1000, description="Steps after which a probe is left as it is.")
     batch_size: PositiveInt = Field(64, description="Images read at a time.")
     seed: int = Field(0, ge=0, description="Seed of subsets, weights and bootstrap.")
+
+    @field_validator("label")
+    @classmethod
+    def _plain(cls, label: str) -> str:
+        """One name for one question: else it had two folders, each with a test split to read."""
+        return label.removeprefix(PREFIX)
 
     @property
     def policy(self) -> LabelPolicy:

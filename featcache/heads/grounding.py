@@ -384,7 +384,7 @@ def ground_workspace(
     images, table, name = found.images, found.manifest, "phrase"
     if not config.phrases:
         name, sentences = find_prompts(prompts, table)
-        config = config.model_copy(update=_phrases_of(sentences, name))
+        config = _with_phrases(config, sentences, name)
     texts = run_features(workspace, str(folder), "text")
     # Other phrases are another request to the same folder: else they could be chosen on test.
     out = found.results / "ground" / f"{table.name}-{images.folder.name}"
@@ -392,8 +392,8 @@ def ground_workspace(
     return ground(images, table, folder, texts, out, config, device=device, again=again)
 
 
-def _phrases_of(prompts: Prompts, name: str) -> dict[str, tuple[str, ...]]:
-    """Phrases of presence and of absence, where prompts are about one finding."""
+def _with_phrases(config: GroundConfig, prompts: Prompts, name: str) -> GroundConfig:
+    """Phrases of presence, and of absence unless they were asked for, of a single finding."""
     if len(prompts.findings) != 1:
         raise UsageError(
             f"the prompts `{name}` are not about one finding, so it is not clear what to look for",
@@ -401,4 +401,5 @@ def _phrases_of(prompts: Prompts, name: str) -> dict[str, tuple[str, ...]]:
             fix="--phrase 'lung opacity', or prompts with a single entry under `findings`",
         )
     [finding] = prompts.findings.values()
-    return {"phrases": tuple(finding.present), "absent": tuple(finding.absent)}
+    absent = config.absent or finding.absent
+    return config.model_copy(update={"phrases": finding.present, "absent": absent})

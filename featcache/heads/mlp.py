@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -111,7 +111,7 @@ def _forward(
     return torch.baddbmm(last_bias, hidden, last)
 
 
-def summed_loss(logits: Float[Tensor, "K b C"], targets: Tensor) -> Float[Tensor, ""]:
+def summed_loss(logits: Float[Tensor, "K b C"], targets: Shaped[Tensor, "K b *C"]) -> Float[Tensor, ""]:
     """Sum over the heads of the mean loss of a batch, so that no head feels another.
 
     Args:

@@ -17,6 +17,8 @@ SHARES = (1.0, 10.0, 100.0)
 """Shares of the labels, in percent, that the paper's tables have."""
 WIDTH = 110
 """Characters of a line of the list of defects."""
+PROVED = ("by its hashes", "by their hashes")
+"""How readers say that a split is the published one, picture by picture."""
 NO_CHECK = "Nothing here would show it"
 """How a defect without any check begins what is here."""
 
@@ -52,6 +54,11 @@ class PaperTable(Config):
     figure: str = Field(description="Column of the head's table.")
     recipe: str = Field(description="Recipe, and `make` target, that gives our result.")
     tree: str = Field(description="Variable with the folder of the real pictures.")
+    split: str | None = Field(
+        None,
+        description="How the policy of a manifest with the paper's own split begins; none: ours "
+        "never has it.",
+    )
     source: str = Field(description="Where the cells stand.")
     trivial: Trivial = Field(description="What guessing scores on the paper's test split.")
     differs: tuple[Difference, ...] = Field(description="How the protocols differ.")
@@ -59,6 +66,16 @@ class PaperTable(Config):
     repeat: Cells = Field(
         default_factory=dict, description="A second export of the same runs, of the first shares."
     )
+
+    def is_split_of(self, policy: str) -> bool:
+        """Whether a manifest's split is the one that the paper measured on, proved by its hashes.
+
+        Args:
+            policy: How the manifest says that it was split.
+        """
+        if self.split is None or not policy.startswith(self.split):
+            return False
+        return any(words in policy for words in PROVED)
 
     @model_validator(mode="after")
     def _check(self) -> "PaperTable":

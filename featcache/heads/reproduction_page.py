@@ -93,7 +93,7 @@ def _section(section: Section) -> Iterator[str]:
 
 def _differences(paper: PaperTable, ours: Sequence[Measured]) -> str:
     """In what the paper measured otherwise than we do, with the defects' names."""
-    same_split = bool(ours) and all(one.has_papers_split for one in ours)
+    same_split = bool(ours) and all(paper.is_split_of(one.split) for one in ours)
     parts = [
         f"{one.what} ({', '.join(one.defects)})"
         for one in paper.differs
@@ -277,7 +277,7 @@ def _plain_measured(measured: Measured, paper: PaperTable) -> dict[str, Any]:
         "dataset": measured.meta.dataset,
         "synthetic": measured.meta.synthetic,
         "split": measured.split,
-        "has_papers_split": measured.has_papers_split,
+        "has_papers_split": paper.is_split_of(measured.split),
         "variant": measured.variant,
         "figure": paper.figure,
         "rows": rows,

@@ -22,8 +22,6 @@ TRIVIAL = {
     "segment": ("all empty", "mean training mask"),
 }
 RAW, ADAPTOR, DIFFERENCE = "raw backbone", "Adaptor", "Adaptor minus raw backbone"
-SPLIT_OF_PAPER = "mgca"
-"""How the policy of a manifest begins whose split was recomputed from the paper's recipe."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,6 @@ class Measured:
     def split(self) -> str:
         """How the manifest was split, in words."""
         return self.meta.policies.get("split", "not recorded")
-
-    @property
-    def has_papers_split(self) -> bool:
-        """Whether its split is the paper's, recomputed."""
-        return self.split.casefold().startswith(SPLIT_OF_PAPER)
 
     @property
     def methods(self) -> list[str]:
@@ -188,8 +181,10 @@ def find_results(workspace: Workspace, run: TrainedRun) -> tuple[list[Measured],
     """
     found: dict[str, Measured] = {}  # by request: the same one is the same result anywhere
     others, stale = 0, 0
-    for place in _workspaces(workspace.root):
-        manifests = _manifests(place)
+    own = {place: _manifests(place) for place in _workspaces(workspace.root)}
+    everywhere = {hash_: meta for some in own.values() for hash_, meta in some.items()}
+    for place, some in own.items():
+        manifests = everywhere | some  # a head may have read a manifest of another workspace
         for path in _result_files(place):
             values = read_json(path)
             if values.get("schema") != RESULTS_SCHEMA or values.get("split") != "test":
@@ -209,7 +204,7 @@ def find_results(workspace: Workspace, run: TrainedRun) -> tuple[list[Measured],
     if others:
         left_out.append(f"{others} result(s) of other Adaptors are not shown.")
     if stale:
-        left_out.append(f"{stale} result(s) are not shown: their manifest was made anew since.")
+        left_out.append(f"{stale} result(s) are not shown: their manifest is gone, or made anew.")
     return list(found.values()), left_out
 
 

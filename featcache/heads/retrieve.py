@@ -257,12 +257,13 @@ class _Study:
             )
         except FeatcacheError as error:
             return f"not computed: {error.what}"
-        if "validate" not in self.manifest.splits():
+        try:
+            validate = candidates_of(
+                open_cache(images, texts, self.manifest, split="validate"), self.manifest
+            )
+        except FeatcacheError as error:
             middle = len(self.config.penalties) // 2
-            return _Fitted(fitted, middle, "penalty not chosen: there is no split validate")
-        validate = candidates_of(
-            open_cache(images, texts, self.manifest, split="validate"), self.manifest
-        )
+            return _Fitted(fitted, middle, f"penalty not chosen: {error.what}")
         means = self._means(validate)
         reciprocal = []
         for penalty in range(len(self.config.penalties)):

@@ -60,10 +60,15 @@ def _normalised(rows: Float64[np.ndarray, "N E"]) -> Float64[np.ndarray, "N E"]:
 def _moments(
     vectors: Float32[np.ndarray, "N D"], rows: Int64[np.ndarray, " M"]
 ) -> tuple[Float64[np.ndarray, " D"], Float64[np.ndarray, " D"]]:
-    """Mean and standard deviation over rows, repeats counted."""
+    """Mean and standard deviation over rows, repeats counted; in blocks, for memory's sake."""
     counts = np.bincount(rows, minlength=len(vectors)) / len(rows)
-    mean = counts @ vectors.astype(np.float64)
-    variance = counts @ (vectors - mean) ** 2
+    starts = range(0, len(vectors), PAIRS_AT_ONCE)
+    blocks = [slice(start, start + PAIRS_AT_ONCE) for start in starts]
+    mean, variance = (np.zeros(vectors.shape[1]) for _ in range(2))
+    for some in blocks:
+        mean += counts[some] @ vectors[some].astype(np.float64)
+    for some in blocks:
+        variance += counts[some] @ (vectors[some] - mean) ** 2
     return mean, np.where(variance > 0, np.sqrt(variance), 1.0)
 
 

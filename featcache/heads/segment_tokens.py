@@ -7,6 +7,7 @@ not grow with the number of images.
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -105,9 +106,11 @@ def _hold(
     """
     if path.is_file():
         return HeldGrid(np.load(path, mmap_mode="r"), grid)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with explained_refusals(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("wb")
+    try:
         for tokens in batches:
             if not bool((tokens.abs() <= FLOAT16_MAX).all()):
                 raise TrainingError(f"a token is not finite or beyond {FLOAT16_MAX:.0f} (float16)")
@@ -119,6 +122,10 @@ def _hold(
                     np.lib.format.write_array_header_1_0(file, header)
                     note(f"{path.stem}: {size(2.0 * math.prod(shape))} in {path.parent}")
                 file.write(content.tobytes())
+                file.flush()
+    finally:
+        with suppress(OSError):  # what does not fit the disk any more has been told
+            file.close()
     partial.rename(path)
     return HeldGrid(np.load(path, mmap_mode="r"), grid)
 

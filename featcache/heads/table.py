@@ -41,12 +41,16 @@ class Estimate:
     """One figure of one row of a table.
 
     Attributes:
-        values: One per subset and seed, NaN where it does not exist.
+        values: One per subset and seed, NaN where it does not exist; rounded as they are stored, so
+            that what is read back prints the same text.
         interval: Of the mean, over resampled patients; None when there is none.
     """
 
     values: tuple[float, ...]
     interval: Interval | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(round(one, DIGITS) for one in self.values))
 
     @property
     def mean(self) -> float:
@@ -77,7 +81,7 @@ class Estimate:
             return "undefined"
 
         def number(value: float) -> str:
-            stored = round(value, DIGITS)  # so that what is read back gives the same text
+            stored = round(value, DIGITS)
             return f"{round(stored * scale, decimals) + 0.0:.{decimals}f}"  # never -0.0
 
         words = number(self.mean)

@@ -23,16 +23,19 @@ class VectorFile:
         count: Vectors that will be written.
         name: Its name there once all of them are; None: it never gets one, and is gone when nothing
             maps it any more, even if the process was killed.
+
+    Raises:
+        CacheError: The folder or the file cannot be made.
     """
 
     def __init__(self, folder: Path, count: int, name: str | None = None):
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.count, self.path = folder, count, folder / (name or "vectors")
         self._partial = None if name is None else partial_path(folder / name)
-        if name is not None:
-            remove_dead_partials(folder, name)
         self._shape: tuple[int, int] | None = None
-        with explained_refusals(self.path):
+        with explained_refusals(self.path):  # e.g. of a set in a workspace that is read-only
+            folder.mkdir(parents=True, exist_ok=True)
+            if name is not None:
+                remove_dead_partials(folder, name)
             self._file = self._open()
 
     def __enter__(self) -> "VectorFile":
@@ -40,7 +43,8 @@ class VectorFile:
 
     def __exit__(self, *_: object) -> None:
         """Close the file; one that was not finished is removed."""
-        self._file.close()
+        with suppress(OSError):  # what does not fit the disk any more has been told
+            self._file.close()
         if self._partial is not None:
             self._partial.unlink(missing_ok=True)
 
@@ -61,13 +65,12 @@ class VectorFile:
                 self._shape = (self.count, vectors.shape[1])
                 np.lib.format.write_array_header_1_0(self._file, {**_KIND, "shape": self._shape})
             self._file.write(np.ascontiguousarray(vectors, dtype="<f4").data)
+            self._file.flush()
 
     def finish(self) -> Float32[np.ndarray, "N W"]:
         """Map what was written; changes of the array do not reach the file."""
         if self._shape is None:
             raise ValueError("no vector was written")
-        with explained_refusals(self.path):
-            self._file.flush()
         start = self._file.tell() - 4 * math.prod(self._shape)
         mapped = np.memmap(self._file, "<f4", "c", start, self._shape)
         if self._partial is not None:

@@ -194,11 +194,11 @@ def mean_vectors(
     features: FeatureSet, rows: Int64[np.ndarray, " N"], *, batch_size: int = 64
 ) -> Float32[np.ndarray, "N D"]:
     """The mean token of each row; see `mean_tokens`."""
-    means = [
-        mean_tokens(tokens, valid, features.spec).numpy()
-        for _, tokens, valid in iterate_rows(features, rows, batch_size)
-    ]
-    return np.concatenate(means)
+    means, done = np.empty((len(rows), features.spec.dim), np.float32), 0
+    for some, tokens, valid in iterate_rows(features, rows, batch_size):
+        means[done : done + len(some)] = mean_tokens(tokens, valid, features.spec).numpy()
+        done += len(some)
+    return means
 
 
 def random_vectors(

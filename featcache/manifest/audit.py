@@ -148,8 +148,10 @@ def _files_without_row(root: Path, paths: Sequence[str]) -> list[str]:
         by_folder[folder].add(name)
     extra = []
     for folder, known in by_folder.items():
-        place = root / folder
-        names = (one.name for one in place.iterdir()) if place.is_dir() else iter(())
+        try:
+            names = [one.name for one in (root / folder).iterdir()]
+        except OSError:  # not there, or not to be listed: its rows are counted as such
+            continue
         prefix = f"{folder}/" if folder else ""
         extra += [
             prefix + name

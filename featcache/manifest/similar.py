@@ -62,16 +62,20 @@ def near_pairs(signatures: UInt64[np.ndarray, "N 4"]) -> Int64[np.ndarray, "P 2"
     Returns:
         Positions of each pair, the smaller one first, sorted.
     """
-    found = [np.empty((0, 2), np.int64)]
+    number = max(len(signatures), 1)
+    codes = np.zeros(0, np.int64)  # `smaller * number + larger`: pairs of a cluster are many
     bits = np.unpackbits(signatures.view(np.uint8), axis=1)
     with task("look for pictures that look alike", _BANDS, "bands") as progress:
         for band in range(_BANDS):
+            found = [codes]
             for one, other in _candidates(bits[:, band::_BANDS]):
                 differ = np.bitwise_count(signatures[one] ^ signatures[other]).sum(axis=1)
                 near = differ <= MAX_DISTANCE
-                found.append(np.stack([one[near], other[near]], axis=1))
+                one, other = one[near], other[near]
+                found.append(np.minimum(one, other) * number + np.maximum(one, other))
+            codes = np.unique(np.concatenate(found))
             progress.update(band + 1)
-    pairs: Int64[np.ndarray, "P 2"] = np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
+    pairs: Int64[np.ndarray, "P 2"] = np.stack(np.divmod(codes, number), axis=1)
     return pairs
 
 

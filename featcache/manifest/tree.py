@@ -51,7 +51,7 @@ def files_present(root: Path, paths: Sequence[str]) -> Bool[np.ndarray, " N"]:
     """
     present = np.zeros(len(paths), dtype=np.bool_)
     for names, entries in _wanted_entries(root, paths):
-        for name in names.keys() & {entry.name for entry in entries if entry.is_file()}:
+        for name in names.keys() & {entry.name for entry in entries if _is_file(entry)}:
             present[names[name]] = True
     return present
 
@@ -71,9 +71,25 @@ def file_sizes(root: Path, paths: Sequence[str]) -> Int64[np.ndarray, " N"]:
     sizes = np.full(len(paths), -1, dtype=np.int64)
     for names, entries in _wanted_entries(root, paths):
         for entry in entries:
-            if entry.name in names and entry.is_file():
-                sizes[names[entry.name]] = entry.stat().st_size
+            if entry.name in names and _is_file(entry):
+                sizes[names[entry.name]] = _size_bytes(entry)
     return sizes
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether there is a file; not at the end of links that lead in a circle or are barred."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def _size_bytes(entry: os.DirEntry[str]) -> int:
+    """Size of a file; -1 where it has gone meanwhile."""
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return -1
 
 
 def file_faults(sizes: Int64[np.ndarray, " N"]) -> dict[str, Bool[np.ndarray, " N"]]:

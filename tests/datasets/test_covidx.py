@@ -217,6 +217,16 @@ def test_a_numbered_file_is_found_under_its_other_name(tree, capsys):
     assert "1 files have the form NAME-1.png" in capsys.readouterr().err
 
 
+def test_the_other_name_is_not_looked_for_where_it_is_an_image_of_its_own(tmp_path):
+    lines = "p1 a(1).png COVID-19 cohen\np2 a-1.png normal cohen\n"
+    make(tmp_path / "c", train=TRAIN + lines, missing=("a(1).png",))
+    made = read(tmp_path / "c")
+    assert "train/a-1.png" in made.keys
+    assert "train/a(1).png" not in made.keys
+    paths = made.images["image_path"].to_pylist()
+    assert len(set(paths)) == len(paths)
+
+
 def test_no_file_at_all_is_an_error(tree):
     for path in [*(tree / "train").iterdir(), *(tree / "test").iterdir()]:
         path.unlink()

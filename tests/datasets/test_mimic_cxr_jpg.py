@@ -270,6 +270,23 @@ def test_line_with_too_few_fields_is_named_by_its_number(tree):
     assert failure(tree).what == "row 5 has another number of fields than the header"
 
 
+def test_a_quote_that_is_not_closed_takes_no_rows_with_it(tree):
+    edit_table(tree, "split", lambda ls: [f"{line},x" for line in ls])
+    read_tree(tree)
+    edit_table(tree, "split", lambda ls: [*ls[:-3], ls[-3][:-1] + '"x', *ls[-2:]])
+    assert failure(tree).what.startswith("a double quote is not closed, or stands inside a cell")
+
+
+def test_a_table_that_is_not_utf_8_is_not_said_to_lack_fields(tree):
+    path = next(tree.glob("*-split.csv.gz"))
+    lines = gzip.decompress(path.read_bytes()).splitlines()
+    lines += [line.replace(b"train", b"tr\xe9in") for line in lines if b"train" in line]
+    while sum(map(len, lines)) < 20_000:  # more than is looked at for the header
+        lines[1:1] = lines[1:3]
+    path.write_bytes(gzip.compress(b"".join(line + b"\n" for line in lines)))
+    assert failure(tree).what.endswith("or not UTF-8")
+
+
 def test_rows_are_numbered_as_a_spreadsheet_program_shows_them(tree):
     edit_table(tree, "metadata", lambda ls: [*ls[:3], "", "", "x" + ls[3], *ls[4:]])
     assert failure(tree).what == "`dicom_id` has not the published form: row 6"

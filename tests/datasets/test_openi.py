@@ -215,6 +215,21 @@ def test_images_may_lie_elsewhere_and_reports_below_their_archives_name(tree, tm
     assert "--set images=FOLDER" in caught.value.fix
 
 
+def test_images_behind_a_link_are_found_and_no_circle_is_walked(trees, tree, tmp_path):
+    expected = read_tree(trees["png"], tmp_path / "plain").images
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in list(tree.rglob("*.png")):
+        path.rename(elsewhere / path.name)
+    (elsewhere / "circle").symlink_to(tmp_path)
+    (tree / "back").symlink_to(tree)
+    (tree / "pictures").symlink_to(elsewhere)
+    (tree / "pictures again").symlink_to(elsewhere)
+    images = read_tree(tree, tmp_path / "linked").images
+    assert images.drop_columns("image_path").equals(expected.drop_columns("image_path"))
+    assert all(path.startswith("pictures/") for path in images["image_path"].to_pylist())
+
+
 def test_no_reports_says_what_is_wanted(tmp_path):
     with pytest.raises(ManifestError, match=r"ecgen-radiology/\*.xml and no indiana_reports.csv"):
         read_tree(tmp_path, tmp_path)

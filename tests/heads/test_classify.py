@@ -246,6 +246,10 @@ def test_binary_findings_leave_uncertain_ones_out(make_toy, tmp_path):
     assert found.class_counts(np.arange(len(found.keys)))["Effusion"] == 38
 
 
+def test_label_with_its_prefix_is_the_same_question():
+    assert ProbeConfig(label="label:pneumonia") == ProbeConfig(label="pneumonia")
+
+
 def test_class_numbers_follow_names_not_rows(make_toy, tmp_path):
     def edit(columns):
         names = {"effusion": "10", "normal": "2", "pneumonia": "Normal"}

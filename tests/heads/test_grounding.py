@@ -104,9 +104,13 @@ def test_no_phrase_is_a_usage_error(masked, make_run, tmp_path):
 def test_prompts_of_several_findings_do_not_say_what_to_look_for():
     one = {"present": ["There is an opacity."], "absent": ["No opacity."]}
     single = Prompts(findings={"opacity": one})
-    assert grounding._phrases_of(single, "a")["phrases"] == ("There is an opacity.",)
+    plain, both = GroundConfig(), Prompts(findings={"opacity": one, "effusion": one})
+    made = grounding._with_phrases(plain, single, "a")
+    assert (made.phrases, made.absent) == (("There is an opacity.",), ("No opacity.",))
     with pytest.raises(UsageError, match="not about one finding"):
-        grounding._phrases_of(Prompts(findings={"opacity": one, "effusion": one}), "b")
+        grounding._with_phrases(plain, both, "b")
+    asked = GroundConfig(absent=("nothing there",))
+    assert grounding._with_phrases(asked, single, "a").absent == ("nothing there",)
 
 
 def test_differences_of_all_rows_are_written_down(pointing):

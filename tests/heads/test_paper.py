@@ -1,12 +1,15 @@
 """The paper's figures and the defects of its protocol: data that must hold together."""
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
 
+from featcache.datasets.challenge import rsna_splits
+from featcache.datasets.covid import published
 from featcache.errors import ConfigError
-from featcache.heads.paper import NO_CHECK, SHARES, read_defects, read_paper
+from featcache.heads.paper import NO_CHECK, PROVED, SHARES, read_defects, read_paper
 from featcache.heads.published import read_published
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +31,17 @@ def test_every_table_has_three_image_and_five_text_encoders():
         assert len(table.cells) == 3
         assert all(len(texts) == 5 for texts in table.cells.values()), table.name
         assert all(set(again) == set(table.cells[name]) for name, again in table.repeat.items())
+
+
+def test_own_splits_are_called_as_the_readers_call_them():
+    classes, masks = TABLES["rsna-classification"], TABLES["rsna-segmentation"]
+    assert {classes.split, masks.split} < set(rsna_splits.RECIPES)
+    assert f"the published lists, {PROVED[1]}" in inspect.getsource(rsna_splits.recompute)
+    covid = inspect.getsource(published.split_as_mgca)
+    assert f'f"{TABLES["covidx"].split}, by image' in covid
+    assert f"equal to the published one {PROVED[0]}" in covid
+    # images of several splits are moved, so that ours is never the paper's
+    assert not TABLES["siim-segmentation"].is_split_of(f"mgca, {PROVED[0]}")
 
 
 def test_the_printed_row_is_the_best_text_encoder_of_each_column():

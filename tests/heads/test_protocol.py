@@ -1,7 +1,11 @@
 """Intervals, tables, and the gate before the test split."""
 
+import json
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from featcache.errors import TrainingError
@@ -20,6 +24,7 @@ from featcache.heads.protocol import (
     patient_weights,
     request_hash,
     save_results,
+    table_from_plain,
 )
 
 
@@ -83,6 +88,14 @@ def test_estimate_shows_mean_sd_and_interval():
     assert estimate.to_plain()["undefined_draws"] == 3
     assert Estimate((float("nan"),)).text() == "undefined"
     assert Estimate((float("nan"),)).to_plain()["mean"] is None
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=9), st.floats(-1, 1))
+def test_what_is_read_back_prints_the_same_text(values, low):
+    first = Estimate(tuple(values), Interval(low, low + 0.1, 10, 0))
+    made = Table("R", (Column("a", "a %"),), (Row("d", "m", {}, {"a": first}),), (), 1)
+    (row,) = table_from_plain(json.loads(json.dumps(made.to_plain()))).rows
+    assert row.figures["a"].text(100.0) == first.text(100.0)
 
 
 def table() -> Table:

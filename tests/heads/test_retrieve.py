@@ -1,5 +1,7 @@
 """Retrieval, end to end on made-up tokens."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -202,7 +204,20 @@ def test_no_validation_pairs_leave_the_penalty_unchosen(make_toy, make_run, tmp_
     run = make_run(tmp_path / "run", toy)
     found = retrieve(toy.images, toy.texts, toy.manifest, run, tmp_path, QUICK, device="cpu")
     _, line = figures(found, "linear map (ridge) on raw features", "image to text")
-    assert "penalty not chosen" in line["remark"]
+    assert line["remark"].startswith("penalty not chosen: the manifest has no split `validate`")
+
+
+def test_validation_images_without_texts_leave_the_penalty_unchosen(make_toy, make_run, tmp_path):
+    toy = make_toy(tmp_path)
+    splits = dict(zip(toy.manifest.keys, toy.manifest.splits(), strict=True))
+    said = toy.manifest.texts.filter(
+        [splits[key] != "validate" for key in toy.manifest.texts["key"].to_pylist()]
+    )
+    silent = replace(toy.manifest, texts=said)
+    run = make_run(tmp_path / "run", toy)
+    found = retrieve(toy.images, toy.texts, silent, run, tmp_path, QUICK, device="cpu")
+    _, line = figures(found, "linear map (ridge) on raw features", "image to text")
+    assert line["remark"].startswith("penalty not chosen: no pair is left")
 
 
 def test_workspace_finds_both_feature_sets_of_the_run(make_toy, make_run, tmp_path):

@@ -1,10 +1,13 @@
 """The linear map that stands in for an Adaptor."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
 from featcache.errors import TrainingError
+from featcache.heads import ridge
 from featcache.heads.ridge import fit_linear_map
 
 
@@ -36,6 +39,20 @@ def test_map_finds_a_linear_relation_across_widths():
     scores = np.concatenate(list(fitted.scores(images[150:], texts[150:], 0)))
     assert scores.shape == (50, 50)
     assert (scores.argmax(axis=1) == np.arange(50)).mean() > 0.9
+
+
+def test_memory_does_not_grow_with_the_pairs(monkeypatch):
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(20_000, 32)).astype(np.float32)
+    pairs = generator.permutation(20_000)
+    whole = fit_linear_map(vectors, vectors, pairs, pairs, [0.1])
+    monkeypatch.setattr(ridge, "PAIRS_AT_ONCE", 1_000)
+    tracemalloc.start()
+    fitted = fit_linear_map(vectors, vectors, pairs, pairs, [0.1])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < vectors.nbytes
+    np.testing.assert_allclose(fitted.weights, whole.weights, atol=1e-9)
 
 
 def test_constant_channel_does_no_harm():

@@ -6,7 +6,7 @@ import torch
 from heads.kit_masks import masked_toy
 
 from featcache.adaptor.saved import load_adaptor
-from featcache.errors import TrainingError
+from featcache.errors import CacheError, TrainingError
 from featcache.heads.segment_tokens import CachedGrid, _hold, adapted_grid, why_no_places
 
 
@@ -73,6 +73,13 @@ def test_written_tokens_are_found_again_without_asking_for_more(tmp_path):
 def test_token_beyond_float16_is_refused_not_stored_as_infinity(tmp_path):
     with pytest.raises(TrainingError, match="beyond 65504"):
         _hold(tmp_path / "a.npy", [torch.full((1, 4, 3), 7e4)], 1, (2, 2))
+    assert not (tmp_path / "a.npy").exists()
+
+
+def test_full_disk_is_said_in_words(tmp_path):
+    (tmp_path / "a.partial").symlink_to("/dev/full")
+    with pytest.raises(CacheError, match="the disk is full"):
+        _hold(tmp_path / "a.npy", [torch.ones(1, 4, 3)], 1, (2, 2))
     assert not (tmp_path / "a.npy").exists()
 
 

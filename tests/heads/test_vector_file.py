@@ -50,8 +50,17 @@ def test_file_of_other_images_is_none(tmp_path):
 
 
 def test_full_disk_is_said_in_words(tmp_path):
-    with VectorFile(tmp_path, 4) as file, Path("/dev/full").open("wb", buffering=0) as full:
-        file._file.close()
-        file._file = full
-        with pytest.raises(CacheError, match="the disk is full"):
+    def fill():
+        with VectorFile(tmp_path, 4) as file:
+            file._file.close()
+            file._file = Path("/dev/full").open("wb")  # noqa: SIM115 - it is closed as its own is
             file.add(ROWS)
+
+    with pytest.raises(CacheError, match="the disk is full"):
+        fill()
+
+
+def test_folder_that_cannot_be_made_is_said_in_words(tmp_path):
+    (tmp_path / "taken").write_bytes(b"")
+    with pytest.raises(CacheError, match="cannot be written"):
+        VectorFile(tmp_path / "taken" / "random", 4, "kept.npy")

@@ -1,5 +1,6 @@
 """The checks of a finished manifest, each against a case made by hand."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -80,6 +81,15 @@ def test_files_are_counted_by_what_is_wrong_with_them(tmp_path):
     assert found(findings, 6, "another kind").examples == ["k1.png", "k3.png"]
     extra = found(findings, 6, "in no row")
     assert (extra.count, extra.examples, extra.level) == (1, ["extra.PNG"], "info")
+
+
+def test_a_folder_that_cannot_be_listed_stops_no_check(tmp_path):
+    manifest = made(tmp_path, [{}])
+    place = manifest.images.column_names.index("image_path")
+    images = manifest.images.set_column(place, "image_path", pa.array([f"{'x' * 300}/a.png"]))
+    findings = audit(dataclasses.replace(manifest, images=images))
+    assert found(findings, 6, "files are not there").count == 1
+    assert found(findings, 6, "are in no row").count == 0
 
 
 def test_equal_files_are_told_apart_by_patient_and_split(tmp_path):

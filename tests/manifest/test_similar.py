@@ -1,5 +1,7 @@
 """Pictures that look alike: the signature, and pairs by bands against the plain comparison."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -84,6 +86,22 @@ def test_pieces_change_nothing(monkeypatch):
     assert len(whole) > 700
     monkeypatch.setattr(similar, "_PIECE", 7)
     assert near_pairs(rows).tolist() == whole.tolist()
+
+
+def test_a_pair_of_a_cluster_is_held_once_whatever_bands_find_it(monkeypatch):
+    rng = np.random.default_rng(3)
+    base = rng.integers(0, 2**64, 4, dtype=np.uint64)
+    chosen = [rng.choice(NUM_BITS, 4, replace=False).tolist() for _ in range(500)]
+    rows = np.unique(np.stack([flip(base, bits) for bits in chosen]), axis=0)
+    monkeypatch.setattr(similar, "_PIECE", 1_000)
+    tracemalloc.start()
+    try:
+        pairs = near_pairs(rows)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(pairs) == len(rows) * (len(rows) - 1) // 2
+    assert peak < 120 * len(pairs)  # 12 bands with two numbers each are 192 bytes before sorting
 
 
 def test_a_table_of_values_finds_what_a_search_finds(monkeypatch):

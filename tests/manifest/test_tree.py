@@ -64,10 +64,12 @@ def test_sizes_of_files_and_what_is_wrong_with_rows(tmp_path):
     (tmp_path / "a" / "folder.png").mkdir()
     (tmp_path / "a" / "link.png").symlink_to(tmp_path / "a" / "some.png")
     (tmp_path / "a" / "dead.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a" / "circle.png").symlink_to("circle.png")
     names = ["empty", "some", "folder", "link", "dead", "none", "some", "Some"]
     paths = [f"a/{name}.png" for name in names] + [str(tmp_path / "a" / "some.png"), "b/x.png"]
+    paths.append("a/circle.png")
     sizes = file_sizes(tmp_path, paths)
-    assert sizes.tolist() == [0, 5, -1, 5, -1, -1, 5, -1, 5, -1]
+    assert sizes.tolist() == [0, 5, -1, 5, -1, -1, 5, -1, 5, -1, -1]
     assert (sizes >= 0).tolist() == files_present(tmp_path, paths).tolist()
     faults = {reason: fault.tolist() for reason, fault in file_faults(sizes[:3]).items()}
     assert faults == {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-RECIPE = Path(__file__).parents[2] / "pipelines" / "reproduce-paper.sh"
+PIPELINES = Path(__file__).parents[2] / "pipelines"
 RECORDER = """#!/bin/sh
 for word in "$@"; do printf '%s\\t' "$word"; done >> "$RECORD"
 echo >> "$RECORD"
@@ -16,8 +16,8 @@ echo >> "$RECORD"
 """
 
 
-def lines_of(tmp_path, **variables) -> list[list[str]]:
-    """What the recipe types into a program that only writes it down."""
+def lines_of(tmp_path, recipe="reproduce-paper", **variables) -> list[list[str]]:
+    """What a recipe types into a program that only writes it down."""
     root = tmp_path / "a b (1)"
     for name in ("image/a", "image/b", "text/v"):
         (root / "features" / name).mkdir(parents=True)
@@ -31,7 +31,7 @@ def lines_of(tmp_path, **variables) -> list[list[str]]:
         "RECORD": str(record),
         "FEATCACHE_ROOT": str(root),
     }
-    subprocess.run(["sh", RECIPE], env=environment | variables, check=True)
+    subprocess.run(["sh", PIPELINES / f"{recipe}.sh"], env=environment | variables, check=True)
     return [line.rstrip("\t").split("\t") for line in record.read_text().splitlines()]
 
 
@@ -68,6 +68,29 @@ def test_stand_ins_have_folders_of_their_own_and_quick_decoders(tmp_path):
     siim, rsna = of(lines, "segment")
     assert siim[-4:] == ["--set", "seeds=1", "--set", "steps=100"]
     assert rsna[-2:] == ["--set", "decoder=linear"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tree"),
+    [
+        ("finetune-rsna", "RSNA"),
+        ("finetune-covidx", "COVIDX"),
+        ("finetune-chexpert", "CHEXPERT"),
+        ("segment-rsna", "RSNA"),
+        ("segment-siim", "SIIM"),
+    ],
+)
+def test_a_stand_in_is_not_in_the_way_of_the_real_pictures(tmp_path, recipe, tree):
+    """Its read of the test split would refuse theirs."""
+    drawn, real = (
+        lines_of(tmp_path / name, recipe, **{tree: path})
+        for name, path in (("drawn", ""), ("real", "/data"))
+    )
+    assert places(drawn) == [f"{recipe}-stand-in"]
+    assert places(real) == [recipe]
+    for lines in (drawn, real):
+        own = {root_of(line) for line in lines if line[0] != "demo"}
+        assert len(own) == 1
 
 
 def test_rsna_that_was_encoded_for_masks_already_is_taken(tmp_path):

@@ -28,7 +28,7 @@ def test_recipe_makes_masks_of_a_stand_in_and_runs_again_untouched(clone, datase
     assert "none stand beside this synthetic stand-in" in first.stdout.replace("\n", " ")
     again = clone.type(line)
     assert "found finished, left untouched" in again.stdout
-    root = clone.root / f"segment-{dataset}"
+    root = clone.root / f"segment-{dataset}-stand-in"
     found = clone.type(f"featcache ground --run featcache-data --root '{root}' --json")
     assert found.returncode == 0, found.stderr
     methods = [row["method"] for row in json.loads(found.stdout)["rows"]]

@@ -94,7 +94,11 @@ def read_table(path: Path, columns: Sequence[str], *, optional: Sequence[str] = 
     Raises:
         ManifestError: It is damaged, a column is missing, or two columns have one name.
     """
-    damaged = ManifestError("the table cannot be read: it is cut off or damaged", where=path)
+    damaged = ManifestError(
+        "the table cannot be read: it is cut off or damaged, or not UTF-8",
+        where=path,
+        fix="use the table as published",
+    )
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         with _lines(content) as lines:
@@ -104,6 +108,7 @@ def read_table(path: Path, columns: Sequence[str], *, optional: Sequence[str] = 
     names = {name.strip().casefold() for name in header}
     there = [name for name in optional if name.casefold() in names]
     wanted = find_columns(header, [*columns, *there], path)
+    _refuse_open_quotes(content, path)
     try:
         table = pacsv.read_csv(
             pa.BufferReader(content),
@@ -115,7 +120,7 @@ def read_table(path: Path, columns: Sequence[str], *, optional: Sequence[str] = 
             ),
         )
     except (pa.ArrowException, OSError) as error:
-        at = re.search(r"Row #(\d+)", str(error))  # the rest of the message quotes the row
+        at = re.search(r"Row #(\d+): Expected", str(error))  # the rest of it quotes the row
         if at is None:
             raise damaged from None
         row = _row_numbers(content, int(at[1]))[-1]
@@ -127,9 +132,30 @@ def read_table(path: Path, columns: Sequence[str], *, optional: Sequence[str] = 
     return pa.table({**found, ROW_COLUMN: pa.array(numbers)})
 
 
-def _lines(content: bytes) -> io.TextIOWrapper:
+def _lines(content: bytes, *, errors: str = "strict") -> io.TextIOWrapper:
     """A table's bytes as text."""
-    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", errors, newline="")
+
+
+def _refuse_open_quotes(content: bytes, path: Path) -> None:
+    """See that each double quote that opens a cell is closed: Arrow's reader takes the rows below.
+
+    Raises:
+        ManifestError: One is not; its row is named.
+    """
+    if b'"' not in content:
+        return
+    number = 0
+    with _lines(content, errors="replace") as lines:
+        try:
+            for _ in csv.reader(lines, strict=True):
+                number += 1
+        except csv.Error:
+            raise ManifestError(
+                f"a double quote is not closed, or stands inside a cell: row {number + 1}",
+                where=path,
+                fix='write a quote inside a cell as ""',
+            ) from None
 
 
 def _row_numbers(content: bytes, count: int) -> Int64[np.ndarray, " N"]:
@@ -141,7 +167,7 @@ def _row_numbers(content: bytes, count: int) -> Int64[np.ndarray, " N"]:
     """
     if re.search(rb"^\s|\n\r?\n", content) is None:
         return np.arange(1, count + 1, dtype=np.int64)
-    with _lines(content) as lines:
+    with _lines(content, errors="replace") as lines:
         filled = (number for number, row in enumerate(csv.reader(lines), 1) if row)
         return np.fromiter(itertools.islice(filled, count), np.int64, count)
 
