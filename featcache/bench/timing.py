@@ -108,7 +108,7 @@ class Memory:
     Attributes:
         own_bytes: Of this process.
         anonymous_bytes: Of this process, without files that are mapped: what it allocated.
-        child_bytes: Of the largest process below it.
+        child_bytes: Of the largest process below it that is followed.
     """
 
     own_bytes: int = 0
@@ -116,21 +116,26 @@ class Memory:
     child_bytes: int = 0
     _stop: threading.Event = field(default_factory=threading.Event)
 
-    def _watch(self) -> None:
+    def _watch(self, child: int | None) -> None:
         is_over = False
         while not is_over:
             is_over = self._stop.wait(LOOK_EVERY_S)  # a last look when it is over
             self.own_bytes = max(self.own_bytes, _resident(os.getpid(), "VmRSS"))
             self.anonymous_bytes = max(self.anonymous_bytes, anonymous_memory())
-            peaks = [_resident(one, "VmHWM") for one in _below(os.getpid())]
+            followed = _below(os.getpid()) if child is None else {child, *_below(child)}
+            peaks = [_resident(one, "VmHWM") for one in followed]
             self.child_bytes = max([self.child_bytes, *peaks])
 
 
 @contextmanager
-def watch_memory() -> Iterator[Memory]:
-    """Follow the memory of this process and of those below it; Linux only."""
+def watch_memory(child: int | None = None) -> Iterator[Memory]:
+    """Follow the memory of this process and of those below it; Linux only.
+
+    Args:
+        child: The only process below it, with those below that one, that is followed; None is all.
+    """
     memory = Memory()
-    thread = threading.Thread(target=memory._watch, daemon=True)
+    thread = threading.Thread(target=memory._watch, args=(child,), daemon=True)
     thread.start()
     try:
         yield memory
@@ -154,7 +159,7 @@ def _resident(process: int, name: str) -> int:
     return int(found[0]) * 1024 if found else 0
 
 
-def _below(process: int) -> list[int]:
+def _below(process: int) -> set[int]:
     """All processes below one."""
     parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -163,9 +168,9 @@ def _below(process: int) -> list[int]:
             parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    found: list[int] = []
-    todo = [process]
+    found: set[int] = set()
+    todo = {process}
     while todo:
-        todo = [one for one, parent in parents.items() if parent in todo]
-        found += todo
+        todo = {one for one, parent in parents.items() if parent in todo}
+        found |= todo
     return found

@@ -111,7 +111,9 @@ def _forward(
     return torch.baddbmm(last_bias, hidden, last)
 
 
-def summed_loss(logits: Float[Tensor, "K b C"], targets: Shaped[Tensor, "K b *C"]) -> Float[Tensor, ""]:
+def summed_loss(
+    logits: Float[Tensor, "K b C"], targets: Shaped[Tensor, "K b *C"]
+) -> Float[Tensor, ""]:
     """Sum over the heads of the mean loss of a batch, so that no head feels another.
 
     Args:

@@ -17,7 +17,7 @@ ORDERS = list(itertools.permutations(LINES))
 
 
 def run_of_table(clone) -> str:
-    tables = sorted((clone.root / "finetune-covidx-stand-in" / "results").rglob("results.json"))
+    tables = sorted((clone.root / "finetune-covidx" / "results").rglob("results.json"))
     return " ".join(path.parents[2].name for path in tables)
 
 

@@ -128,7 +128,7 @@ def _make(dataset: str, source: Path, root: Path) -> _Cost:
         [*command, "--root", str(root), "--quiet"], stdout=subprocess.DEVNULL
     )
     # Watched from outside: what the system counts for a child begins with its parent's memory.
-    with watch_memory() as memory:
+    with watch_memory(process.pid) as memory:
         _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     taken = time.perf_counter() - started
