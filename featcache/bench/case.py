@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -91,6 +92,12 @@ class Bench:
     def family(self) -> str:
         """The name without its variant."""
         return self.name.partition("[")[0]
+
+    @property
+    def group(self) -> str:
+        """The module that lists it: the one of `measure`, also where some arguments are bound."""
+        function = self.measure.func if isinstance(self.measure, partial) else self.measure
+        return function.__module__
 
     @property
     def goal_text(self) -> str:

@@ -213,7 +213,7 @@ def _run(bench: Bench, repeats: int, quick: bool, device: str) -> Result:
         setting = asdict(Setting(work, repeats, quick, device, is_quiet()))
         request = {
             "name": bench.name,
-            "group": bench.measure.__module__,
+            "group": bench.group,
             "setting": {**setting, "folder": str(work)},
             "out": str(out),
         }

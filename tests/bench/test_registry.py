@@ -1,5 +1,6 @@
 """Benches are found by the file they stand in."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,11 @@ PROMISED = {
     "allpairs_cost[memory]": 1.0,
     "allpairs_cost[step]": 0.1,
 }
+
+
+def test_every_bench_is_found_again_by_the_process_that_measures_it():
+    for bench in all_benches():
+        assert bench in import_module(bench.group).BENCHES
 
 
 def test_every_promise_has_its_bench_with_its_goal():
