@@ -30,7 +30,7 @@ demo: $(VENV)/.demo  ## the whole pipeline on the embedded radiographs
 	@$(RUN) sh pipelines/demo.sh
 
 test: $(VENV)/.dev  ## make .venv with the dev extra and run the tests
-	@$(RUN) python -m pytest -n 2 --dist loadfile
+	@$(RUN) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes
 	@$(RUN) python -m pytest -m slow
