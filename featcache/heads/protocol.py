@@ -146,8 +146,7 @@ class TestGate:
                 f"the test split was read before for this folder, by {others} other request(s); "
                 "choosing between results on test makes them worthless",
                 where=self.path,
-                fix="a new output folder for another question, or --again to read it once more "
-                "(the table will say so)",
+                fix="--again reads it once more, and the table will say so",
             )
 
     def read(self, answers: Mapping[str, Any]) -> Mapping[str, Any]:
